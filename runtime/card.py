@@ -1,0 +1,206 @@
+"""ModelCard: everything that a caller must know about a model, as data.
+
+The same JSON lies beside the model as `card.json` and inside the ONNX metadata under `nsam_card`; the runtime
+refuses a model that does not fit its card, naming the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nsam.runtime.errors import ModelError
+
+#: Meta's normalisation for SAM (segment_anything.build_sam), for RGB in 0..255.
+SAM_MEAN = (123.675, 116.28, 103.53)
+SAM_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the network takes: uint8 (N, size, size, 3) at `mpp` micrometres per pixel."""
+
+    size: int = 448
+    mpp: float = 0.25
+    multiple_of: int = 32
+    mean: tuple[float, float, float] = SAM_MEAN
+    std: tuple[float, float, float] = SAM_STD
+    colour_order: str = "RGB"
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """What it returns: float32 (N, len(channels), size / stride, size / stride)."""
+
+    channels: tuple[str, ...] = ("nucleus", "distance")
+    #: `logit` passes a sigmoid to become a probability; `distance` is 0 at a nucleus's border and 1 at its centre.
+    kinds: tuple[str, ...] = ("logit", "distance")
+    stride: int = 2
+
+
+@dataclass(frozen=True)
+class PostSpec:
+    """How maps become nuclei; the thresholds come from an inner validation split, never from a test fold."""
+
+    nucleus_threshold: float = 0.5  # probability above which a pixel is nucleus
+    seed_threshold: float = 0.5  # distance above which a pixel starts a nucleus
+    min_area_um2: float = 6.0  # smaller pieces are dropped
+    tile_halo_px: int = 32  # network input px at each tile side whose result is thrown away
+    block_halo_um: float = 24.0  # context of a block; a nucleus wider than this may change with the blocks
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the model directory."""
+
+    sha256: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """The contract between a model and its callers."""
+
+    name: str
+    version: str
+    licence: str
+    input: InputSpec = field(default_factory=InputSpec)
+    output: OutputSpec = field(default_factory=OutputSpec)
+    post: PostSpec = field(default_factory=PostSpec)
+    training: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    tool_versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.input.size <= 0 or self.input.size % self.input.multiple_of:
+            raise ModelError(
+                f"card field `input.size`: must be a multiple of {self.input.multiple_of}, is {self.input.size}"
+            )
+        if not 0.05 <= self.input.mpp <= 4:
+            raise ModelError(f"card field `input.mpp`: must lie in .05 to 4 µm/px, is {self.input.mpp}")
+        if self.input.colour_order != "RGB":
+            raise ModelError(f"card field `input.colour_order`: must be RGB, is {self.input.colour_order}")
+        if not self.output.channels or self.output.channels[0] != "nucleus":
+            raise ModelError(f"card field `output.channels`: must begin with nucleus, is {self.output.channels}")
+        if len(self.output.kinds) != len(self.output.channels):
+            raise ModelError("card field `output.kinds`: must have one entry for each channel")
+        if self.output.stride < 1 or self.input.size % self.output.stride:
+            raise ModelError(f"card field `output.stride`: must divide {self.input.size}, is {self.output.stride}")
+        halo = self.post.tile_halo_px
+        if halo < 0 or halo % self.output.stride or 2 * halo >= self.input.size:
+            raise ModelError(
+                "card field `post.tile_halo_px`: must be a multiple of the stride and less than half the tile, "
+                f"is {halo}"
+            )
+
+    def to_json(self) -> str:
+        """The card as JSON text with a final newline, keys in the order of the fields."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "card.json") -> ModelCard:
+        """Read a card; `source` names it in errors.
+
+        Raises:
+            ModelError: not JSON, an unknown, missing or ill-typed field; the message names it.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ModelError(f"`{source}`: not a model card, its JSON is broken ({error})") from error
+        if not isinstance(data, dict):
+            raise ModelError(f"`{source}`: not a model card, a JSON object is wanted")
+        parts = {"input": InputSpec, "output": OutputSpec, "post": PostSpec}
+        for key, part in parts.items():
+            if key in data:
+                data[key] = _build(part, data[key], f"{key}.", source)
+        files = data.get("files", {})
+        if not isinstance(files, dict):
+            raise ModelError(f"`{source}`: card field `files` must be an object")
+        data["files"] = {name: _build(FileEntry, entry, f"files.{name}.", source) for name, entry in files.items()}
+        return _build(cls, data, "", source)
+
+    @classmethod
+    def read(cls, model_dir: Path) -> ModelCard:
+        """Read `card.json` of a model directory.
+
+        Raises:
+            ModelError: no such file, or one that `from_json` refuses.
+        """
+        path = model_dir / "card.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(
+                f"`{model_dir}`: no readable card.json in it; name a folder made by nsam-export"
+            ) from error
+        return cls.from_json(text, str(path))
+
+    def verify_file(self, model_dir: Path, name: str) -> Path:
+        """Path of a listed file after its hash was checked.
+
+        Raises:
+            ModelError: the file is not listed, missing, or another than the card says.
+        """
+        if name not in self.files:
+            raise ModelError(f"`{model_dir / name}`: the card does not list it; export the model again")
+        path = model_dir / name
+        if not path.is_file():
+            raise ModelError(f"`{path}`: the card lists it, but it is missing; export the model again")
+        found, wanted = sha256_of(path), self.files[name].sha256
+        if found != wanted:
+            raise ModelError(
+                f"`{path}`: card field `files.{name}.sha256` is {wanted[:12]}…, the file has {found[:12]}…; "
+                "the file was changed or cut: copy or export the model again"
+            )
+        return path
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _build(cls: type[Any], data: Any, prefix: str, source: str) -> Any:
+    """A dataclass from its JSON object, with errors that name the field; lists become tuples."""
+    if not isinstance(data, dict):
+        raise ModelError(f"`{source}`: card field `{prefix.rstrip('.')}` must be an object")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            raise ModelError(f"`{source}`: unknown card field `{prefix}{key}`; made by a newer nsam?")
+    values = {}
+    for name, spec in fields.items():
+        if name not in data:
+            if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+                raise ModelError(f"`{source}`: card field `{prefix}{name}` is missing")
+            continue
+        value = data[name]
+        if isinstance(value, list):
+            value = tuple(value)
+        if not _fits(value, str(spec.type)):
+            raise ModelError(f"`{source}`: card field `{prefix}{name}` must be {spec.type}, is {value!r}")
+        values[name] = value
+    return cls(**values)
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    if annotation == "int":
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation == "str":
+        return isinstance(value, str)
+    if annotation == "tuple[float, float, float]":
+        return isinstance(value, tuple) and len(value) == 3 and all(_fits(v, "float") for v in value)
+    if annotation == "tuple[str, ...]":
+        return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+    return True

@@ -1,0 +1,117 @@
+"""`nsam-infer`: nuclei in folders of slides. Imports nothing heavy, so that --help answers at once."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from nsam.runtime.errors import NsamError
+from nsam.runtime.settings import OUTPUTS, Device, Settings
+
+_EXAMPLE = """\b
+Examples:
+  nsam-infer slides/ --out results/
+  nsam-infer a.svs b.ndpi --out results/ --device cuda --batch 16
+  nsam-infer region.png --out results/ --mpp 0.25 --outputs geojson,csv
+
+\b
+Exit codes:
+  0    all slides are done
+  1    some slide failed: its reason is on stderr and in OUT/failed.csv
+  2    nothing was begun: wrong usage, no slide found, or the model, the device
+       or the output folder cannot be had
+  130  interrupted; finished slides are kept, and skipped by the next run
+"""
+
+
+def _outputs(context: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    unknown = [name for name in names if name not in OUTPUTS]
+    if unknown:
+        raise click.BadParameter(f"`{unknown[0]}` is none of {', '.join(OUTPUTS)}")
+    return names
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXAMPLE)
+@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
+@click.option(
+    "--out",
+    required=True,
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Where results go, a folder for each slide. Made if need be.",
+)
+@click.option(
+    "--model",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="A model made by nsam-export.  [default: the one that comes with nsam]",
+)
+@click.option(
+    "--mpp",
+    type=click.FloatRange(0.05, 4),
+    help="Micrometres per pixel of every slide, whatever its metadata say; 0.25 for most 40x scans, "
+    "0.5 for 20x.  [default: from the metadata]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(get_args(Device)),
+    default=Settings.device,
+    show_default=True,
+    help="What runs the network. `auto`: CUDA if it can be had, else the CPU.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),
+    help="CPU threads of the network.  [default: the cores of this container]",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(1, 256),
+    default=Settings.batch,
+    show_default=True,
+    help="Tiles the network takes at once; more need more memory.",
+)
+@click.option(
+    "--outputs",
+    metavar="LIST",
+    default=",".join(Settings.outputs),
+    show_default=True,
+    callback=_outputs,
+    help="What to write, separated by commas.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace finished results of other settings.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of errors, and the log.")
+@click.version_option(package_name="nsam")
+def main(verbose: bool, **options: Any) -> None:
+    """Segment cell nuclei in H&E slides.
+
+    INPUT is a slide, an image (PNG, JPEG, TIFF), a folder that is searched with all its subfolders, or a
+    pattern such as 'slides/*.svs'. A DICOM slide is named by one of its .dcm files.
+
+    Each slide gets nuclei.geojson (for QuPath), nuclei.csv (sizes in µm), labels.tif (int32, full
+    resolution), overlay.jpg (to look at) and slide.json. Coordinates are pixels of the full-resolution slide.
+    Finished slides are skipped when the same run is started again.
+    """
+    logging.basicConfig(format="%(name)s: %(message)s")
+    if verbose:
+        logging.getLogger("nsam").setLevel(logging.DEBUG)
+    else:
+        # What tifffile logs of a damaged file is told by the error that follows.
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    from nsam.runtime.batch import run
+
+    try:
+        failures = run(Settings(**options))
+    except NsamError as error:
+        logging.getLogger(__name__).debug("nothing was begun", exc_info=error)
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        click.echo("interrupted; finished slides are kept", err=True)
+        sys.exit(130)
+    sys.exit(1 if failures else 0)

@@ -1,0 +1,26 @@
+"""What may go wrong that a user can mend. The commands print these as one line; `-v` adds the traceback."""
+
+from __future__ import annotations
+
+
+class NsamError(Exception):
+    """Root of every error with a message for the user.
+
+    The message names the argument or file in backticks, the rule, the value received and the remedy.
+    """
+
+
+class InputError(NsamError):
+    """A slide, image, label map or folder that cannot be used as it is."""
+
+
+class ModelError(NsamError):
+    """A model directory, card, checkpoint or engine that does not fit."""
+
+
+class OutputError(NsamError):
+    """Results that cannot be written, or that would overwrite others."""
+
+
+class DeviceError(NsamError):
+    """A device that was asked for and cannot be had."""

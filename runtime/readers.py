@@ -1,0 +1,240 @@
+"""The readers behind `slides.open_slide`: OpenSlide, tifffile and Pillow, each with its own metadata."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import openslide
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from nsam.runtime.errors import InputError
+from nsam.runtime.pixels import on_white, to_rgb8
+from nsam.runtime.slides import ArraySlide, Slide, checked_mpp
+from nsam.runtime.tiles import Box
+
+_NO_MPP = (None, "no mpp in its metadata")
+#: Resolutions beyond these (µm/px) are made for printers and screens, such as 72 dpi.
+_PLAUSIBLE_MPP = (0.05, 10.0)
+_UM_PER_INCH, _UM_PER_CM = 25400.0, 10000.0
+_UM_PER_OME_UNIT = {"nm": 1e-3, "\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0, "mm": 1e3}
+#: Pieces of a slide kept decoded, 50 MB at 512 px: neighbouring tiles of the network share them.
+_PIECES_KEPT = 64
+#: Side of the lattice on which OpenSlide's lower levels are read.
+_LATTICE_PX = 512
+
+
+class OpenSlideSlide(Slide):
+    """A scanner's file, by OpenSlide; transparent parts are white."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file; raises InputError when it is damaged."""
+        with _reading(path):
+            self._slide = openslide.OpenSlide(path)
+            self.level_whs = list(self._slide.level_dimensions)
+            x, y = (self._slide.properties.get(f"openslide.mpp-{axis}") for axis in "xy")
+            mpp = checked_mpp((float(x), float(y)), "its metadata") if x and y else _NO_MPP
+        self.path = path
+        self.mpp, self.mpp_source = mpp
+        self._piece = lru_cache(_PIECES_KEPT)(self._read_piece)
+
+    def read_region(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        if level == 0:
+            return self._read(0, (x, y), (width, height))
+        # OpenSlide takes level-0 positions: a level's px mostly lie between two of them and are then blurred,
+        # each start by another fraction. One lattice gives a pixel the same value whichever region asks.
+        box = Box(x, y, x + width, y + height)
+        return _assembled(partial(self._piece, level), (_LATTICE_PX, _LATTICE_PX), box)
+
+    def close(self) -> None:
+        self._slide.close()
+
+    def _read_piece(self, level: int, column: int, row: int) -> NDArray[np.uint8]:
+        x, y = column * _LATTICE_PX, row * _LATTICE_PX
+        width, height = self.level_whs[level]
+        down = self._slide.level_downsamples[level]
+        size = (min(_LATTICE_PX, width - x), min(_LATTICE_PX, height - y))
+        return self._read(level, (round(x * down), round(y * down)), size)
+
+    def _read(self, level: int, level0_xy: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
+        with _reading(self.path):
+            rgba = np.asarray(self._slide.read_region(level0_xy, level, size))
+        return on_white(rgba[..., :3], rgba[..., 3:])
+
+
+class TiffSlide(Slide):
+    """A tiled TIFF of 8 bit RGB, with or without pyramid; only the tiles asked for are decoded."""
+
+    def __init__(
+        self, path: Path, tif: tifffile.TiffFile, pages: Sequence[Any], mpp: tuple[float | None, str]
+    ) -> None:
+        self.path = path
+        self.mpp, self.mpp_source = mpp
+        self.level_whs = [(page.imagewidth, page.imagelength) for page in pages]
+        self._tif, self._pages = tif, pages
+        self._lock = Lock()
+        self._piece = lru_cache(_PIECES_KEPT)(self._decode)
+
+    def read_region(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        page = self._pages[level]
+        box = Box(x, y, x + width, y + height)
+        return _assembled(partial(self._piece, level), (page.tilewidth, page.tilelength), box)
+
+    def close(self) -> None:
+        self._tif.close()
+
+    def _decode(self, level: int, column: int, row: int) -> NDArray[np.uint8]:
+        page = self._pages[level]
+        index = row * math.ceil(page.imagewidth / page.tilewidth) + column
+        if page.databytecounts[index] == 0:  # left out by the writer: glass
+            return np.full((page.tilelength, page.tilewidth, 3), 255, np.uint8)
+        with _reading(self.path):
+            with self._lock:
+                self._tif.filehandle.seek(page.dataoffsets[index])
+                data = self._tif.filehandle.read(page.databytecounts[index])
+            tile: NDArray[np.uint8] = page.decode(data, index, jpegtables=page.jpegtables)[0][0]
+        return tile
+
+
+def openslide_vendor(path: Path) -> str | None:
+    """OpenSlide's name of the file's format, or None; `generic-tiff`: a tiled TIFF of no scanner."""
+    vendor: str | None = openslide.OpenSlide.detect_format(path)
+    return vendor
+
+
+def open_tiff(path: Path) -> Slide:
+    """A TIFF or OME-TIFF of one plane. Tiled RGB of 8 bits is read piecewise, everything else held in memory.
+
+    Raises:
+        InputError: damaged, cut off, several planes, or pixels that `to_rgb8` refuses.
+    """
+    with _reading(path), ExitStack() as stack:
+        tif = stack.enter_context(tifffile.TiffFile(path))
+        if not tif.series:
+            raise InputError(f"`{path}`: no image in it; the file is damaged or cut off")
+        first = tif.series[0]
+        if first.axes not in ("YX", "YXS", "SYX"):
+            raise InputError(f"`{path}`: one plane of grey or RGB is wanted, its axes are {first.axes}")
+        pages = [level.keyframe for level in first.levels]
+        ends = (o + n for page in pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
+        if max(ends) > tif.filehandle.size:
+            raise InputError(f"`{path}`: the file is cut off, pixels are missing; copy it again")
+        mpp = _tiff_mpp(tif)
+        if all(
+            page.is_tiled and page.dtype == np.uint8 and page.axes == "YXS" and _is_rgb(page)
+            for page in pages
+        ):
+            stack.pop_all()  # the slide closes the file
+            return TiffSlide(path, tif, pages, mpp)
+        return ArraySlide(_whole_page(path, pages[0]), path, *mpp)
+
+
+def open_image(path: Path) -> Slide:
+    """A PNG or JPEG, turned upright as its EXIF says.
+
+    Raises:
+        InputError: damaged, cut off, or pixels that `to_rgb8` refuses.
+    """
+    image, dpi = _load(path, ("PNG", "JPEG"))
+    return ArraySlide(image, path, *(_resolution_mpp(dpi, _UM_PER_INCH) if dpi else _NO_MPP))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn any failure into an InputError: libraries and codecs raise what they like on a damaged file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"`{path}`: cannot be read, it is damaged, cut off or not an image ({detail})"
+        ) from error
+
+
+def _assembled(
+    piece: Callable[[int, int], NDArray[np.uint8]], piece_wh: tuple[int, int], box: Box
+) -> NDArray[np.uint8]:
+    """The px of a box, put together from the pieces (column, row) of a lattice."""
+    region = np.empty((box.height, box.width, 3), np.uint8)
+    piece_w, piece_h = piece_wh
+    for row in range(box.y0 // piece_h, math.ceil(box.y1 / piece_h)):
+        for column in range(box.x0 // piece_w, math.ceil(box.x1 / piece_w)):
+            left, top = column * piece_w, row * piece_h
+            x0, x1 = max(box.x0, left), min(box.x1, left + piece_w)
+            y0, y1 = max(box.y0, top), min(box.y1, top + piece_h)
+            part = piece(column, row)[y0 - top : y1 - top, x0 - left : x1 - left]
+            region[y0 - box.y0 : y1 - box.y0, x0 - box.x0 : x1 - box.x0] = part
+    return region
+
+
+def _is_rgb(page: Any) -> bool:
+    """Whether tifffile decodes the page to three RGB samples."""
+    jpeg = page.photometric == tifffile.PHOTOMETRIC.YCBCR and page.compression == tifffile.COMPRESSION.JPEG
+    return bool(page.samplesperpixel == 3 and (jpeg or page.photometric == tifffile.PHOTOMETRIC.RGB))
+
+
+def _whole_page(path: Path, page: Any) -> NDArray[np.uint8]:
+    """A page as (H, W, 3) uint8 RGB."""
+    if not (_is_rgb(page) or page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.MINISBLACK)):
+        return _load(path, ("TIFF",))[0]  # Pillow knows palettes, CMYK and white as zero
+    pixels = page.asarray()
+    return to_rgb8(np.moveaxis(pixels, 0, -1) if page.axes == "SYX" else pixels, str(path))
+
+
+def _load(path: Path, formats: tuple[str, ...]) -> tuple[NDArray[np.uint8], tuple[float, float] | None]:
+    """An image by Pillow: (H, W, 3) uint8 RGB, and its dots per inch if it says."""
+    with _reading(path), warnings.catch_warnings():
+        # A warning from 89 Mpx on; the error at twice that is reported.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path, formats=formats) as image:
+                dpi = image.info.get("dpi")
+                ImageOps.exif_transpose(image, in_place=True)
+                if image.mode.startswith("I"):
+                    return to_rgb8(np.asarray(image).astype(np.uint16), str(path)), dpi
+                if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
+                    return to_rgb8(np.asarray(image.convert("RGBA")), str(path)), dpi
+                return to_rgb8(np.asarray(image.convert("RGB")), str(path)), dpi
+        except Image.DecompressionBombError as error:
+            raise InputError(
+                f"`{path}`: too large for one piece in memory; save it as a tiled TIFF"
+            ) from error
+
+
+def _tiff_mpp(tif: tifffile.TiffFile) -> tuple[float | None, str]:
+    """mpp from OME metadata, else from the resolution tags when their unit is inch or centimetre."""
+    if tif.ome_metadata:
+        pixels = ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels")
+        attributes = {} if pixels is None else pixels.attrib
+        sizes = [float(attributes.get(f"PhysicalSize{axis}", "nan")) for axis in "XY"]
+        units = [
+            _UM_PER_OME_UNIT.get(attributes.get(f"PhysicalSize{axis}Unit", "um"), math.nan) for axis in "XY"
+        ]
+        x, y = (size * unit for size, unit in zip(sizes, units, strict=True))
+        if math.isfinite(x) and math.isfinite(y):
+            return checked_mpp((x, y), "its OME metadata")
+    page = tif.pages.first
+    if page.resolutionunit == tifffile.RESUNIT.CENTIMETER:
+        return _resolution_mpp(page.resolution, _UM_PER_CM)
+    if page.resolutionunit == tifffile.RESUNIT.INCH:
+        return _resolution_mpp(page.resolution, _UM_PER_INCH)
+    return _NO_MPP
+
+
+def _resolution_mpp(dots_xy: tuple[float, float], unit_um: float) -> tuple[float | None, str]:
+    """mpp from dots per unit of `unit_um` µm."""
+    x, y = (unit_um / float(dots) if dots else math.inf for dots in dots_xy)
+    low, high = _PLAUSIBLE_MPP
+    return checked_mpp((x, y), "its resolution tags") if low <= x <= high and low <= y <= high else _NO_MPP

@@ -1,0 +1,41 @@
+"""Settings of `nsam-infer`: light to import, for the command's options are built from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Device = Literal["auto", "cpu", "cuda", "tensorrt"]
+
+#: What can be written for a slide, and the file's name.
+OUTPUTS = {
+    "geojson": "nuclei.geojson",
+    "csv": "nuclei.csv",
+    "labels": "labels.tif",
+    "overlay": "overlay.jpg",
+}
+#: Written last: a slide whose results are complete has it.
+DONE_NAME = "slide.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of `nsam-infer`."""
+
+    inputs: tuple[str, ...]
+    out: Path
+    #: A folder made by nsam-export; None: the model that comes with nsam, so a first run needs no choice.
+    model: Path | None = None
+    #: µm per px of every slide. Authoritative: metadata are often missing or wrong, and the user knows.
+    mpp: float | None = None
+    #: `auto` runs everywhere and says what it took; a device that is asked for is had or is an error.
+    device: Device = "auto"
+    #: CPU threads of the network; None: the cores of the container, which a library would overlook.
+    threads: int | None = None
+    #: Tiles a pass. Four fill a GPU fairly at little memory; on a CPU the number hardly matters.
+    batch: int = 4
+    #: All by default: each serves another reader, and writing costs little beside the network.
+    outputs: tuple[str, ...] = tuple(OUTPUTS)
+    #: Results that took hours are not replaced unasked.
+    overwrite: bool = False

@@ -1,0 +1,98 @@
+"""What several test files need: a tiny model that finds dark discs, images of discs, and real slides."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nsam.runtime.card import FileEntry, InputSpec, ModelCard, PostSpec, sha256_of
+
+#: Grey of a disc and of what is around it; the tiny model's border lies half-way.
+DARK, LIGHT = 60, 255
+
+DrawDiscs = Callable[[tuple[int, int], Sequence[tuple[float, float]], float], NDArray[np.uint8]]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of development data, from NSAM_DATA or beside the checkout."""
+    path = Path(os.environ.get("NSAM_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+    if not path.is_dir():
+        pytest.skip(f"no real images: {path} is missing; set NSAM_DATA")
+    return path
+
+
+@pytest.fixture(scope="session")
+def draw_discs() -> DrawDiscs:
+    """(width, height), centres (x, y) in px with pixel (0, 0) covering [0, 1), radius -> image of dark discs."""
+
+    def draw(
+        size_wh: tuple[int, int], centres_xy: Sequence[tuple[float, float]], radius: float
+    ) -> NDArray[np.uint8]:
+        y, x = np.mgrid[: size_wh[1], : size_wh[0]] + 0.5
+        inside = np.zeros(x.shape, bool)
+        for cx, cy in centres_xy:
+            inside |= (x - cx) ** 2 + (y - cy) ** 2 <= radius**2
+        return np.repeat(np.where(inside, DARK, LIGHT).astype(np.uint8)[..., None], 3, axis=2)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model() -> Callable[[Path, ModelCard], Path]:
+    """Write a model directory with a real ONNX graph: darkness is both nucleus and distance."""
+    return write_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory: 64 px tiles at 0.25 µm/px, so that small images already have seams."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny_model"), TINY_CARD)
+
+
+TINY_CARD = ModelCard(
+    name="tiny",
+    version="1",
+    licence="Apache-2.0",
+    input=InputSpec(size=64, mpp=0.25),
+    post=PostSpec(tile_halo_px=8),
+)
+
+
+def write_tiny_model(folder: Path, card: ModelCard) -> Path:
+    import onnx
+    from onnx import TensorProto, helper
+
+    size, half = card.input.size, card.input.size // 2
+    middle = (DARK + LIGHT) / 2
+    constants = {"middle": middle, "slope": 0.2, "light": float(LIGHT), "range": float(LIGHT)}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+            helper.make_node("Transpose", ["float"], ["nchw"], perm=[0, 3, 1, 2]),
+            helper.make_node("ReduceMean", ["nchw"], ["grey"], axes=[1], keepdims=1),
+            helper.make_node("AveragePool", ["grey"], ["small"], kernel_shape=[2, 2], strides=[2, 2]),
+            helper.make_node("Sub", ["middle", "small"], ["darker"]),
+            helper.make_node("Mul", ["darker", "slope"], ["logit"]),
+            helper.make_node("Sub", ["light", "small"], ["depth"]),
+            helper.make_node("Div", ["depth", "range"], ["distance"]),
+            helper.make_node("Concat", ["logit", "distance"], ["maps"], axis=1),
+        ],
+        "tiny",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", size, size, 3])],
+        [helper.make_tensor_value_info("maps", TensorProto.FLOAT, ["N", 2, half, half])],
+        [helper.make_tensor(name, TensorProto.FLOAT, [], [value]) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    helper.set_model_props(model, {"nsam_card": card.to_json()})
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, folder / "model.onnx")
+    files = {"model.onnx": FileEntry(sha256_of(folder / "model.onnx"), "fp32")}
+    (folder / "card.json").write_text(dataclasses.replace(card, files=files).to_json(), encoding="utf-8")
+    return folder

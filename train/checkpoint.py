@@ -1,0 +1,218 @@
+"""Base weights in, trained weights out. No pickle is opened: safetensors, or `weights_only=True`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pooch
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nsam.runtime.errors import ModelError
+from nsam.train.lora import add_lora, has_lora, merge_lora
+from nsam.train.model import NucleusNet
+from nsam.train.settings import Settings
+
+MOBILE_SAM_URL = "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/master/weights/mobile_sam.pt"
+MOBILE_SAM_SHA256 = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f"
+
+#: MobileSAM's names -> ours, tried in this order at the start of a key.
+_RENAMED = (
+    ("image_encoder.neck.", "encoder.neck."),
+    ("image_encoder.patch_embed.seq.0.", "encoder.vit.patch_embed.conv1."),
+    ("image_encoder.patch_embed.seq.2.", "encoder.vit.patch_embed.conv2."),
+    ("image_encoder.norm_head.", "encoder.vit.head.norm."),
+    ("image_encoder.head.", "encoder.vit.head.fc."),
+    ("image_encoder.layers.", "encoder.vit.stages."),
+)
+
+
+def build_model(settings: Settings) -> tuple[NucleusNet, str]:
+    """A new network with its base loaded, LoRA added and everything that is not tuned frozen.
+
+    Weights that the base does not bring come from `torch.manual_seed(settings.seed)`.
+
+    Returns:
+        The network and the hash of its base, which a checkpoint of trained weights belongs to.
+
+    Raises:
+        ModelError: the base cannot be had, or is of another architecture.
+    """
+    torch.manual_seed(settings.seed)
+    model = NucleusNet(settings.output, settings.input.mean, settings.input.std)
+    if settings.base != "none":
+        load_base(model, settings.base)
+    base_hash = hash_tensors(model)
+    model.requires_grad_(False)
+    model.mask_decoder.requires_grad_(True)
+    if model.detail is not None:
+        model.detail.requires_grad_(True)
+    if settings.tune == "lora":
+        add_lora(model.encoder.vit.stages, settings.rank, settings.alpha)
+    else:
+        model.encoder.requires_grad_(True)
+        model.encoder.vit.head.requires_grad_(False)
+    return model, base_hash
+
+
+def load_base(model: NucleusNet, base: str) -> None:
+    """Load `mobile_sam` (downloaded once, checksum verified), a `.pt` of its layout, or a fold of a run.
+
+    Raises:
+        ModelError: see `build_model`.
+    """
+    if base == "mobile_sam":
+        path = _download()
+    else:
+        path = Path(base)
+        if path.is_dir():
+            model.load_state_dict(_state_of(load_fold(path)[0]), strict=False)
+            return
+        if not path.is_file():
+            raise ModelError(f"`{base}`: no such base; give mobile_sam, none, a .pt file, or a fold's folder")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the bytes make it stumble over
+        raise ModelError(f"`{path}`: no weights that load without pickle; give MobileSAM's .pt") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(f"`{path}`: a plain state dict is wanted; this file holds something else")
+    load_mobile_sam(model, state, str(path))
+
+
+def load_mobile_sam(model: NucleusNet, state: dict[str, Tensor], source: str = "mobile_sam") -> None:
+    """Load a MobileSAM state dict; only the detail stage keeps its random start.
+
+    Raises:
+        ModelError: names or shapes are not MobileSAM's.
+    """
+    renamed = {rename_mobile_sam(name): value for name, value in state.items()}
+    wanted = {name: value for name, value in model.state_dict().items() if not name.startswith("detail.")}
+    # Index tables are buffers that the encoder makes itself.
+    extra = [n for n in renamed.keys() - wanted.keys() if not n.endswith("attention_bias_idxs")]
+    missing = [n for n in wanted.keys() - renamed.keys() if not n.endswith("num_batches_tracked")]
+    other = [n for n in renamed.keys() & wanted.keys() if renamed[n].shape != wanted[n].shape]
+    for what, names in (("unknown", extra), ("missing", missing), ("of another shape", other)):
+        if names:
+            raise ModelError(
+                f"`{source}`: not MobileSAM's architecture; {len(names)} weights are {what}, "
+                f"such as `{sorted(names)[0]}`"
+            )
+    model.load_state_dict({n: v for n, v in renamed.items() if n in wanted}, strict=False)
+
+
+def rename_mobile_sam(name: str) -> str:
+    """A key of MobileSAM's state dict -> the same weight's name in `NucleusNet`."""
+    for old, new in _RENAMED:
+        if name.startswith(old):
+            name = new + name[len(old) :]
+            break
+    if name.startswith("encoder.vit."):
+        name = name.replace(".c.", ".conv.")
+        parts = name.split(".")
+        # timm counts a downsampling to the stage that it leads into.
+        if len(parts) > 4 and parts[2] == "stages" and parts[4] == "downsample":
+            parts[3] = str(int(parts[3]) + 1)
+            name = ".".join(parts)
+    return name
+
+
+def trained_state(model: nn.Module, base: str) -> dict[str, Tensor]:
+    """What training changed, by name: trainable weights, running statistics, and without a base everything."""
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    moving = {name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    return {
+        name: value.detach().cpu().contiguous()
+        for name, value in model.state_dict().items()
+        if base == "none" or name in trainable or name in moving
+    }
+
+
+def save_fold(path: Path, state: dict[str, Tensor], base_hash: str) -> None:
+    """Write trained weights with the hash of the base that they belong to."""
+    part = path.with_suffix(".part")
+    save_file(state, part, metadata={"base_hash": base_hash})
+    part.replace(path)
+
+
+def load_fold(fold_dir: Path) -> tuple[NucleusNet, Settings]:
+    """The network of a run's fold with its best weights, in eval mode, and the run's settings.
+
+    Raises:
+        ModelError: not a fold's folder, unfinished, or its base is another than it was trained on.
+    """
+    config, best = fold_dir.parent / "config.json", fold_dir / "best.safetensors"
+    for path in (config, best):
+        if not path.is_file():
+            raise ModelError(f"`{path}`: missing; name a fold of a run made by nsam-train, such as RUN/fold0")
+    settings = read_settings(config)
+    model, base_hash = build_model(settings)
+    try:
+        with safe_open(best, "pt") as stream:
+            wanted = (stream.metadata() or {}).get("base_hash")
+        state = load_file(best)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"`{best}`: broken ({error}); train the fold again") from error
+    if wanted != base_hash:
+        raise ModelError(f"`{best}`: was trained on another base than `{settings.base}` is now; use the same weights")
+    load_trained(model, state, str(best))
+    return model.eval(), settings
+
+
+def load_trained(model: NucleusNet, state: dict[str, Tensor], source: str) -> None:
+    """Put trained weights into a model that `build_model` made.
+
+    Raises:
+        ModelError: names or shapes do not fit.
+    """
+    own = model.state_dict()
+    for name, value in state.items():
+        if name not in own or own[name].shape != value.shape:
+            raise ModelError(f"`{source}`: weight `{name}` does not fit this architecture")
+    # In eval mode TinyViT keeps attention biases it looked up before; train() forgets them.
+    model.train().load_state_dict(state, strict=False)
+
+
+def read_settings(config: Path) -> Settings:
+    """The settings saved in a run's `config.json`.
+
+    Raises:
+        ModelError: the file is broken or of another version.
+    """
+    try:
+        saved = json.loads(config.read_text(encoding="utf-8"))["settings"]
+        saved["channels"] = tuple(saved["channels"])
+        return Settings(**saved)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"`{config}`: not the config of a training run ({error})") from error
+
+
+def hash_tensors(model: nn.Module) -> str:
+    """SHA-256 over names and bytes of a model's state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _state_of(model: NucleusNet) -> dict[str, Tensor]:
+    if has_lora(model):
+        merge_lora(model)
+    return model.state_dict()
+
+
+def _download() -> Path:
+    try:
+        return Path(
+            pooch.retrieve(MOBILE_SAM_URL, MOBILE_SAM_SHA256, fname="mobile_sam.pt", path=pooch.os_cache("nsam"))
+        )
+    except Exception as error:  # requests, urllib and pooch each have their own
+        raise ModelError(
+            f"`mobile_sam`: cannot be downloaded ({type(error).__name__}); get mobile_sam.pt from "
+            "github.com/ChaoningZhang/MobileSAM and pass --base PATH, or train from nothing with "
+            "--base none --tune full"
+        ) from error

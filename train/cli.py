@@ -1,0 +1,140 @@
+"""nsam-train: fine-tune and cross-validate."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nsam.runtime.errors import NsamError
+
+log = logging.getLogger("nsam")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(package_name="nsam")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--recipe", type=click.Choice(["nsam", "seed"]), default="nsam", help="`seed` is the original study's.")
+@click.option("--fold", default="all", help="Fold to train, 0 to 4, or all.")
+@click.option(
+    "--folds",
+    type=click.Choice(["official", "organ"]),
+    default="official",
+    help="NuInsSeg's own split, or one that keeps each organ's images together.",
+)
+@click.option("--base", default="mobile_sam", help="mobile_sam (downloaded), a .pt file, a fold's folder, or none.")
+@click.option("--tune", type=click.Choice(["lora", "full"]), default="lora", help="What is trained beside the decoder.")
+@click.option("--rank", type=click.IntRange(1), help="LoRA's rank. [recipe: 4]")
+@click.option("--alpha", type=float, help="LoRA's scale times its rank. [recipe: 4]")
+@click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Passes over the training images.")
+@click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs.")
+@click.option("--batch", type=click.IntRange(1), help="Crops a step. [recipe: 8; seed: 2]")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate. [recipe: 1e-3; seed: 1e-4]")
+@click.option("--crop", type=click.IntRange(32), help="Side of a crop, px at the network's scale. [recipe: 224]")
+@click.option("--mpp", type=float, help="Scale at which the network sees tissue, µm/px. [recipe: .25; seed: .085]")
+@click.option("--data-mpp", type=float, help="Scale of the images, µm/px. [default: .17 for NuInsSeg, else .25]")
+@click.option("--seed", type=int, help="Seed of weights, views and crops. [recipe: 0]")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto")
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of the network. [default: all cores]")
+@click.option("--workers", type=click.IntRange(0), default=1, help="Processes that prepare crops.")
+@click.option("--max-minutes", type=click.FloatRange(0, min_open=True), help="Stop with a checkpoint after so long.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, also after a kill.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+def main(data: Path, out: Path, verbose: bool, **options: Any) -> None:
+    """Train on DATA: NuInsSeg's folder, or one with `images` and `labels` (label maps: TIFF, PNG or NPY).
+
+    \b
+    nsam-train NuInsSeg --out runs/nsam --fold 0
+    nsam-train NuInsSeg --out runs/scratch --base none --tune full
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    try:
+        train(data, out, options)
+    except (NsamError, ValueError) as error:
+        if verbose:
+            raise
+        click.echo(f"nsam-train: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        click.echo("nsam-train: interrupted; --resume goes on from the last checkpoint", err=True)
+        sys.exit(130)
+
+
+def train(data: Path, out: Path, options: dict[str, Any]) -> None:
+    """Run the command; heavy imports are here, so that --help is quick."""
+    from dataclasses import fields, replace
+
+    import torch
+
+    from nsam.train.checkpoint import build_model
+    from nsam.train.crossval import cross_validate
+    from nsam.train.data import find_samples
+    from nsam.train.folds import FOLDS
+    from nsam.train.model import parameter_table
+    from nsam.train.settings import RECIPES, Settings
+
+    known = {field.name for field in fields(Settings)}
+    chosen = {name: value for name, value in options.items() if name in known and value is not None}
+    settings = replace(RECIPES[options["recipe"]], **chosen)
+    which = parse_folds(options["fold"], FOLDS)
+    device = pick_device(options["device"])
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    samples = find_samples(data, options["data_mpp"])
+    log.info("%d images in %d groups, device %s", len(samples), len({s.group for s in samples}), device)
+    for part, count, trainable in parameter_table(build_model(settings)[0]):
+        log.info("%-26s %12s parameters %12s trainable", part, f"{count:,}", f"{trainable:,}")
+    cross_validate(
+        settings,
+        samples,
+        out,
+        which,
+        device=device,
+        workers=options["workers"],
+        max_minutes=options["max_minutes"],
+        resume=options["resume"],
+        say=log.info,
+    )
+
+
+def parse_folds(text: str, count: int) -> list[int]:
+    """`all` or one fold's number.
+
+    Raises:
+        NsamError: anything else.
+    """
+    if text == "all":
+        return list(range(count))
+    if text.isdecimal() and int(text) < count:
+        return [int(text)]
+    raise NsamError(f"`--fold` must be all or 0 to {count - 1}, is {text}")
+
+
+def pick_device(name: str) -> Any:
+    """The torch device; auto takes CUDA where it is.
+
+    Raises:
+        DeviceError: it cannot be had.
+    """
+    import torch
+
+    from nsam.runtime.errors import DeviceError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeviceError(f"`--device {name}`: cannot be had ({reason}); pass --device cpu") from error
+    return device
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Labelled images on disk -> samples. NuInsSeg's layout, and folder pairs `images/` + `labels/`."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+
+from nsam.runtime.errors import InputError
+from nsam.runtime.slides import IMAGE_EXTENSIONS, TIFF_EXTENSIONS, open_slide
+
+IMAGE_SUFFIXES = (*IMAGE_EXTENSIONS, *TIFF_EXTENSIONS)
+LABEL_SUFFIXES = (".tif", ".tiff", ".png", ".npy")
+#: NuInsSeg gives no scale ("40x"). By the size of its nuclei against those of TCGA slides at .25 it is near .17.
+NUINSSEG_MPP = 0.17
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled image."""
+
+    image: Path
+    labels: Path
+    name: str  # POSIX path below the data folder: the order of the official folds
+    group: str  # organ, or the folder's name
+    mpp: float
+
+
+def find_samples(root: Path, mpp: float | None = None) -> list[Sample]:
+    """All labelled images below `root`, sorted by POSIX path.
+
+    Two layouts are known. NuInsSeg's: `<organ>/tissue images/*` beside `<organ>/label masks modify/*`. A pair:
+    `images/*` beside `labels/*` with the same stems.
+
+    Args:
+        root: the data folder.
+        mpp: µm per px of the images; None takes .17 for NuInsSeg, and each image's own metadata or .25 for a pair.
+
+    Raises:
+        InputError: no images, or images and labels that do not match one to one.
+    """
+    if not root.is_dir():
+        raise InputError(f"`{root}`: no such folder; name NuInsSeg's, or one with `images` and `labels`")
+    pairs = [(folder, folder.parent / "label masks modify") for folder in sorted(root.glob("*/tissue images"))]
+    default_mpp = NUINSSEG_MPP
+    if not pairs:
+        pairs, default_mpp = [(root / "images", root / "labels")], 0.25
+        if not pairs[0][0].is_dir():
+            raise InputError(
+                f"`{root}`: neither NuInsSeg's layout (`<organ>/tissue images`) nor a pair of folders "
+                "`images` and `labels`"
+            )
+    samples = [
+        Sample(image, labels, image.relative_to(root).as_posix(), image.parent.parent.name, mpp or default_mpp)
+        for images_dir, labels_dir in pairs
+        for image, labels in _match(images_dir, labels_dir)
+    ]
+    if not samples:
+        raise InputError(f"`{root}`: no images in it ({', '.join(IMAGE_SUFFIXES)} are read)")
+    return sorted(samples, key=lambda sample: sample.name)
+
+
+def _match(images_dir: Path, labels_dir: Path) -> list[tuple[Path, Path]]:
+    images = _by_stem(images_dir, IMAGE_SUFFIXES)
+    labels = _by_stem(labels_dir, LABEL_SUFFIXES)
+    for stem in images.keys() - labels.keys():
+        raise InputError(f"`{images[stem]}`: no labels `{stem}` ({', '.join(LABEL_SUFFIXES)}) in `{labels_dir}`")
+    for stem in labels.keys() - images.keys():
+        raise InputError(f"`{labels[stem]}`: no image `{stem}` in `{images_dir}`")
+    return [(images[stem], labels[stem]) for stem in images]
+
+
+def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*")):
+        if path.suffix.lower() in suffixes and not path.name.startswith("."):
+            if path.stem in found:
+                raise InputError(f"`{path}`: `{found[path.stem].name}` has the same stem; keep one of them")
+            found[path.stem] = path
+    return found
+
+
+def read_sample(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """Image (H, W, 3) uint8 RGB and labels (H, W) int32.
+
+    Raises:
+        InputError: unreadable files, labels that are no label map, or sizes that differ.
+    """
+    with open_slide(sample.image) as slide:
+        image = slide.read_region(0, 0, 0, *slide.size_wh)
+    labels = read_labels(sample.labels)
+    if labels.shape != image.shape[:2]:
+        raise InputError(
+            f"`{sample.labels}`: has {labels.shape[1]} x {labels.shape[0]} px, "
+            f"its image {image.shape[1]} x {image.shape[0]}; labels must be at the image's own resolution"
+        )
+    return image, labels
+
+
+def read_labels(path: Path) -> NDArray[np.int32]:
+    """A label map (H, W) int32, 0 = background, from TIFF, PNG or NPY.
+
+    Raises:
+        InputError: unreadable, not two-dimensional, or not of integers.
+    """
+    try:
+        if path.suffix.lower() == ".npy":
+            array = np.load(path, allow_pickle=False)
+        elif path.suffix.lower() == ".png":
+            with Image.open(path) as picture:
+                array = np.asarray(picture)
+        else:
+            array = tifffile.imread(path)
+    except Exception as error:  # the decoders raise whatever they like on a broken file
+        raise InputError(f"`{path}`: labels cannot be read ({error}); write the file again") from error
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+        raise InputError(
+            f"`{path}`: labels must be one plane of integers, one value a nucleus; has shape {array.shape}, "
+            f"{array.dtype}"
+        )
+    return array.astype(np.int32)
+
+
+def hash_samples(samples: list[Sample]) -> str:
+    """SHA-256 over names and the bytes of images and labels: says whether two runs saw the same data."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.name.encode())
+        digest.update(sample.image.read_bytes())
+        digest.update(sample.labels.read_bytes())
+    return digest.hexdigest()

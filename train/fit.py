@@ -1,0 +1,208 @@
+"""One fold: a new network, one visible loop, a checkpoint from which it goes on exactly."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nsam.runtime.card import PostSpec
+from nsam.train import checkpoint
+from nsam.train.evaluate import TorchEngine, choose_post, draft_card, report, score_samples, with_post
+from nsam.train.folds import Fold
+from nsam.train.losses import map_losses, total
+from nsam.train.optim import Ema, make_optimiser, make_schedule
+from nsam.train.settings import Settings
+from nsam.train.views import Views, batches
+
+LOG_EVERY = 50  # steps a row of history.csv averages over
+
+
+def fit(
+    settings: Settings,
+    fold: Fold,
+    out: Path,
+    *,
+    device: torch.device,
+    workers: int = 0,
+    deadline: float = math.inf,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any] | None:
+    """Train one fold, choose thresholds on its validation part, score its test part once.
+
+    Args:
+        settings: what to do.
+        fold: disjoint train, validation and test samples.
+        out: the fold's folder: `last.pt`, `best.safetensors`, `history.csv`, `metrics.json` are written into it.
+        device: where to train.
+        workers: processes that make views.
+        deadline: `time.monotonic()` at which training stops with a checkpoint.
+        resume: go on from `last.pt` if it is there.
+        say: takes lines of progress.
+
+    Returns:
+        What `metrics.json` holds, or None when the deadline came first.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    model, base_hash = checkpoint.build_model(settings)
+    model.to(device)
+    optimiser = make_optimiser(model, settings)
+    steps = settings.total_steps(len(fold.train))
+    schedule = make_schedule(optimiser, settings, steps)
+    dtype = autocast_dtype(settings.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    ema = Ema(model, settings.ema)
+    engine = TorchEngine(model, draft_card(settings), device)
+    step, best, history = 0, -1.0, []
+
+    last = out / "last.pt"
+    if resume and last.is_file():
+        saved = torch.load(last, map_location=device, weights_only=True)
+        checkpoint.load_trained(model, saved["model"], str(last))
+        optimiser.load_state_dict(saved["optimiser"])
+        schedule.load_state_dict(saved["schedule"])
+        scaler.load_state_dict(saved["scaler"])
+        ema.load(saved["ema"])
+        step, best, history = saved["step"], saved["best"], saved["history"]
+        torch.set_rng_state(saved["rng"].cpu())
+        say(f"resumed at step {step} of {steps}")
+
+    views = Views(fold.train, settings, steps * settings.batch)
+    stream = batches(views, settings.batch, step, workers)
+    sums: dict[str, float] = defaultdict(float)
+    began, first = time.monotonic(), step
+    while step < steps:
+        images, targets = (part.to(device, non_blocking=True) for part in next(stream))
+        train_mode(model, settings)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            maps = model(images)
+        terms = map_losses(maps, targets, settings.channels, settings.dice)
+        optimiser.zero_grad(set_to_none=True)
+        scaler.scale(total(terms)).backward()
+        scaler.unscale_(optimiser)
+        if settings.clip:
+            nn.utils.clip_grad_norm_(trainable(model), settings.clip)
+        scaler.step(optimiser)
+        scaler.update()
+        schedule.step()
+        ema.update(model)
+        step += 1
+
+        for name, term in terms.items():
+            sums[name] += float(term.detach()) / LOG_EVERY
+        if step % LOG_EVERY == 0:
+            history.append({"step": step, "lr": schedule.get_last_lr()[0], **sums})
+            rate = (step - first) / (time.monotonic() - began)
+            losses = ", ".join(f"{name} {value:.3f}" for name, value in sums.items())
+            say(
+                f"step {step}/{steps}, {losses}, {rate * settings.batch:.1f} images/s, "
+                f"{(steps - step) / rate / 60:.0f} min left"
+            )
+            sums.clear()
+        if step % settings.validate_every == 0 or step == steps:
+            with ema.applied(model):
+                reached = validate(fold, engine)
+                if reached > best:
+                    best = reached
+                    checkpoint.save_fold(
+                        out / "best.safetensors", checkpoint.trained_state(model, settings.base), base_hash
+                    )
+            if history:
+                history[-1]["validation"] = reached
+            say(f"step {step}/{steps}, validation (AJI + PQ) / 2 {reached:.3f}, best {best:.3f}")
+        if step % settings.save_every == 0 or step == steps:
+            state = {
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "schedule": schedule.state_dict(),
+                "scaler": scaler.state_dict(),
+                "ema": ema.shadow,
+                "rng": torch.get_rng_state(),
+                "step": step,
+                "best": best,
+                "history": history,
+            }
+            torch.save(state, last.with_suffix(".part"))
+            last.with_suffix(".part").replace(last)
+            write_history(history, out / "history.csv")
+            if time.monotonic() > deadline and step < steps:
+                say(f"time is up at step {step} of {steps}; --resume goes on from there")
+                return None
+    return finish(fold, out, device, (time.monotonic() - began) / 60, step, say)
+
+
+def finish(
+    fold: Fold, out: Path, device: torch.device, minutes: float, step: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Thresholds from the validation part, then the one look at the test part; writes `metrics.json`."""
+    model, settings = checkpoint.load_fold(out)
+    engine = TorchEngine(model.to(device), draft_card(settings), device)
+    post, reached = choose_post(fold.validation, engine)
+    say(f"thresholds from {len(fold.validation)} validation images: {post}, (AJI + PQ) / 2 {reached:.3f}")
+    scored = []
+    for sample, found in score_samples(fold.test, with_post(engine, post)):
+        scored.append((sample, found))
+        if len(scored) % 20 == 0:
+            say(f"test {len(scored)}/{len(fold.test)}")
+    metrics = {"post": asdict(post), "minutes": round(minutes, 1), "steps": step, **report(scored)}
+    part = out / "metrics.json.part"
+    part.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    part.replace(out / "metrics.json")
+    return metrics
+
+
+def read_post(fold_dir: Path) -> PostSpec:
+    """The thresholds that a finished fold chose."""
+    return PostSpec(**json.loads((fold_dir / "metrics.json").read_text(encoding="utf-8"))["post"])
+
+
+def validate(fold: Fold, engine: TorchEngine) -> float:
+    """(AJI + PQ) / 2 on the validation part, at middling thresholds."""
+    found = [s for _, s in score_samples(fold.validation, with_post(engine, replace(engine.card.post)))]
+    return float(np.mean([(s.aji + s.pq) / 2 for s in found]))
+
+
+def train_mode(model: nn.Module, settings: Settings) -> None:
+    """Training mode; under LoRA the base's BatchNorm keeps the statistics that it was trained with."""
+    model.train()
+    if settings.tune == "lora":
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+
+
+def trainable(model: nn.Module) -> list[Tensor]:
+    """The parameters under training."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Working precision: `auto` is fp16 on CUDA, bf16 on a CPU with AVX512-BF16 or AMX, else fp32."""
+    if precision == "auto":
+        if device.type == "cuda":
+            return torch.float16
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+def write_history(history: list[dict[str, float]], path: Path) -> None:
+    """`history.csv`: a row for every 50 steps; `validation` where it was measured."""
+    names = list(dict.fromkeys(name for row in history for name in row if name != "validation"))
+    part = path.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [*names, "validation"], restval="")
+        writer.writeheader()
+        writer.writerows(history)
+    part.replace(path)
