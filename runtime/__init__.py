@@ -42,9 +42,7 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-def segment(
-    image: NDArray[np.uint8], mpp: float | None = None, model: Path | None = None
-) -> NDArray[np.int32]:
+def segment(image: NDArray[np.uint8], mpp: float | None = None, model: Path | None = None) -> NDArray[np.int32]:
     """Segment the nuclei of an image in memory, on the same path as `nsam-infer`.
 
     Args:

@@ -61,17 +61,17 @@ def run(settings: Settings) -> int:
             try:
                 found = job.segment(path, settings.out / name, bar.tiles)
             except _Failed as failure:
-                click.echo(f"failed: {failure.reason}", err=True)
+                bar.say(f"failed: {failure.reason}", error=True)
                 _log.debug("%s", path, exc_info=failure.__cause__)
                 failures.append((path, failure.stage, failure.reason))
                 _write_failures(failed_csv, failures)
                 continue
             if found is None:
                 skipped += 1
-                click.echo(f"{path}: done before, skipped")
+                bar.say(f"{path}: done before, skipped")
             else:
                 done, nuclei = done + 1, nuclei + found
-                click.echo(f"{path}: {found} nuclei in {time.monotonic() - start:.1f} s")
+                bar.say(f"{path}: {found} nuclei in {time.monotonic() - start:.1f} s")
     click.echo(
         f"{done} slides done, {skipped} skipped, {len(failures)} failed; "
         f"{nuclei} nuclei in {time.monotonic() - begin:.1f} s"
@@ -153,9 +153,7 @@ class _Job:
             with _at("mpp"):
                 mpp, mpp_source = _mpp(slide, self.settings.mpp)
             with _at("infer"):
-                strips = segment_slide(
-                    slide, self.engine, mpp, batch=self.settings.batch, on_progress=on_progress
-                )
+                strips = segment_slide(slide, self.engine, mpp, batch=self.settings.batch, on_progress=on_progress)
                 nuclei = write_results(strips, slide, mpp, folder, outputs)
         width, height = slide.size_wh
         area_mm2 = width * height * mpp**2 / 1e6
@@ -184,9 +182,7 @@ def _mpp(slide: Slide, asked: float | None) -> tuple[float, str]:
     if asked is not None:
         return asked, "--mpp"
     if slide.mpp is None:
-        raise InputError(
-            f"`{slide.path}`: {slide.mpp_source}; pass --mpp (µm per px; 0.25 for most 40x scans)"
-        )
+        raise InputError(f"`{slide.path}`: {slide.mpp_source}; pass --mpp (µm per px; 0.25 for most 40x scans)")
     return slide.mpp, slide.mpp_source
 
 
@@ -226,9 +222,7 @@ def _write_failures(path: Path, failures: list[tuple[Path, str, str]]) -> None:
     writer.writerows(failures)
     try:
         write_text(path, text.getvalue())
-    except (
-        OutputError
-    ) as error:  # a full disk, say; other slides may still be skipped or be told why they fail
+    except OutputError as error:  # a full disk, say; other slides may still be skipped or be told why they fail
         click.echo(str(error), err=True)
 
 

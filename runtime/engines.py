@@ -115,7 +115,7 @@ def _session(path: Path, device: str, threads: int) -> Any:
     if providers[0] not in ort.get_available_providers():
         raise DeviceError(
             f"`{device}` cannot be had: this onnxruntime has no {providers[0]}; "
-            "pip uninstall onnxruntime, then pip install 'nsam[gpu]'"
+            "nsam[gpu] brings one that has, in place of nsam[cpu]"
         )
     if device != "cpu" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN from pip's packages
@@ -147,13 +147,9 @@ def _check_graph(path: Path, card: ModelCard, session: Any) -> None:
     for side, tensors in (("input", session.get_inputs()), ("output", session.get_outputs())):
         found = [(tensor.name, tensor.type, tuple(tensor.shape[1:])) for tensor in tensors]
         if found != [expected[side]]:
-            raise ModelError(
-                f"`{path}`: by card field `{side}` the graph's is {expected[side]}, it has {found}"
-            )
+            raise ModelError(f"`{path}`: by card field `{side}` the graph's is {expected[side]}, it has {found}")
         if isinstance(tensors[0].shape[0], int):
-            raise ModelError(
-                f"`{path}`: the graph's {side} takes a fixed batch of {tensors[0].shape[0]} only"
-            )
+            raise ModelError(f"`{path}`: the graph's {side} takes a fixed batch of {tensors[0].shape[0]} only")
     embedded = session.get_modelmeta().custom_metadata_map.get("nsam_card")
     if embedded is None:
         raise ModelError(f"`{path}`: no `nsam_card` in its metadata; export the model again")

@@ -35,17 +35,15 @@ class Nucleus:
 
         The ring encloses exactly the nucleus's pixels (holes apart), so rasterising it gives them back.
         """
-        # Doubling puts pixel borders on the sampling grid: the outline of a 1 px nucleus is a square, not a point.
-        height, width = self.mask.shape
-        doubled = np.zeros((2 * height + 1, 2 * width + 1), np.uint8)
-        rows, cols = np.nonzero(self.mask)
-        for dy in (0, 1, 2):
-            for dx in (0, 1, 2):
-                doubled[2 * rows + dy, 2 * cols + dx] = 1
-        contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-        ring = max(contours, key=cv2.contourArea).reshape(-1, 2)
-        ring = (ring // 2 + np.asarray(self.bbox_xywh[:2])).astype(np.int32)
-        return np.concatenate([ring, ring[:1]])
+        # With each pixel doubled, its two columns stand for its left and right border (rows alike), and a
+        # contour's diagonal steps between pixels fall on one corner.
+        doubled = self.mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
+        contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        ring = (max(contours, key=cv2.contourArea).reshape(-1, 2) + 1) // 2
+        ring = ring[np.any(ring != np.roll(ring, 1, axis=0), axis=1)]
+        arriving, leaving = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
+        ring = ring[np.any(arriving != leaving, axis=1)] + np.asarray(self.bbox_xywh[:2])
+        return np.concatenate([ring, ring[:1]]).astype(np.int32)
 
 
 def measure(
@@ -82,14 +80,13 @@ def measure(
         for name, term in {"x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y}.items()
     }
     mean_x, mean_y = sums["x"] / areas, sums["y"] / areas
-    # 1/12 is the second moment of a unit pixel about its own centre, as in skimage.measure.regionprops.
-    var_x = sums["xx"] / areas - mean_x**2 + 1 / 12
-    var_y = sums["yy"] / areas - mean_y**2 + 1 / 12
+    var_x = sums["xx"] / areas - mean_x**2
+    var_y = sums["yy"] / areas - mean_y**2
     cov = sums["xy"] / areas - mean_x * mean_y
     spread = np.sqrt((var_x - var_y) ** 2 + 4 * cov**2)
     major, minor = ((var_x + var_y + sign * spread) / 2 for sign in (1, -1))
     minor = np.maximum(minor, 0)
-    eccentricity = np.sqrt(1 - minor / major)
+    eccentricity = np.sqrt(1 - np.divide(minor, major, out=np.ones_like(major), where=major > 0))
 
     nuclei = []
     for i, start in enumerate(starts):

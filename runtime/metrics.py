@@ -100,17 +100,23 @@ def score(truth: NDArray[Any], predicted: NDArray[Any]) -> Score:
     union = t_area[t] + p_area[p] - overlap
     iou = overlap / union
 
+    def aggregated(pairs: NDArray[np.intp]) -> tuple[int, int]:
+        """Intersection and union over the chosen pairs; what is in none of them adds its area to the union."""
+        missed, unused = t_is.copy(), p_is.copy()
+        missed[t[pairs]] = False
+        unused[p[pairs]] = False
+        return int(overlap[pairs].sum()), int(union[pairs].sum() + t_area[missed].sum() + p_area[unused].sum())
+
+    aji, aji_plus = aggregated(_best_of_each(t, iou)), aggregated(_one_to_one(t, p, iou))
     matched = iou > 0.5
-    aji = _aji(t, p, overlap, union, iou, t_area, p_area, t_is, p_is)
-    plus = _aji_plus(t, p, overlap, union, iou, t_area, p_area, t_is, p_is)
     return Score(
         foreground_true=int(t_area[t_is].sum()),
         foreground_predicted=int(p_area[p_is].sum()),
         foreground_both=int(overlap.sum()),
         aji_intersection=aji[0],
         aji_union=aji[1],
-        aji_plus_intersection=plus[0],
-        aji_plus_union=plus[1],
+        aji_plus_intersection=aji_plus[0],
+        aji_plus_union=aji_plus[1],
         matched=int(matched.sum()),
         matched_iou=float(iou[matched].sum()),
         count_true=int(t_is.sum()),
@@ -130,23 +136,21 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else 1.0
 
 
-def _aji(t, p, overlap, union, iou, t_area, p_area, t_is, p_is) -> tuple[int, int]:  # type: ignore[no-untyped-def]
-    # For each true nucleus the prediction of highest IoU: sort by (nucleus, -IoU) and take each first.
+def _best_of_each(t: NDArray[np.intp], iou: NDArray[np.float64]) -> NDArray[np.intp]:
+    """For each true nucleus that is touched, the pair of highest IoU."""
     order = np.lexsort((-iou, t))
-    best = order[np.flatnonzero(np.r_[True, np.diff(t[order]) != 0])] if order.size else order
-    missed, unused = t_is.copy(), p_is.copy()
-    missed[t[best]] = False
-    unused[p[best]] = False
-    return int(overlap[best].sum()), int(union[best].sum() + t_area[missed].sum() + p_area[unused].sum())
+    first = np.r_[True, np.diff(t[order]) != 0][: order.size]
+    return order[first]
 
 
-def _aji_plus(t, p, overlap, union, iou, t_area, p_area, t_is, p_is) -> tuple[int, int]:  # type: ignore[no-untyped-def]
-    table = np.zeros((t_area.size, p_area.size))
-    table[t, p] = iou
-    rows, cols = linear_sum_assignment(table, maximize=True)
-    chosen = set(zip(rows[table[rows, cols] > 0].tolist(), cols[table[rows, cols] > 0].tolist(), strict=True))
-    best = np.array([i for i, pair in enumerate(zip(t.tolist(), p.tolist(), strict=True)) if pair in chosen], int)
-    missed, unused = t_is.copy(), p_is.copy()
-    missed[t[best]] = False
-    unused[p[best]] = False
-    return int(overlap[best].sum()), int(union[best].sum() + t_area[missed].sum() + p_area[unused].sum())
+def _one_to_one(t: NDArray[np.intp], p: NDArray[np.intp], iou: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Pairs in which each nucleus occurs once at most, of the largest total IoU."""
+    rows, cols = np.unique(t, return_inverse=True)[1], np.unique(p, return_inverse=True)[1]
+    if not iou.size:
+        return np.zeros(0, np.intp)
+    table = np.zeros((rows.max() + 1, cols.max() + 1))
+    table[rows, cols] = iou
+    index = np.full(table.shape, -1, np.intp)
+    index[rows, cols] = np.arange(iou.size)
+    chosen: NDArray[np.intp] = index[linear_sum_assignment(table, maximize=True)]
+    return chosen[chosen >= 0]

@@ -36,9 +36,7 @@ def to_rgb8(image: NDArray[Any], name: str) -> NDArray[np.uint8]:
     elif image.dtype == np.uint16:
         image = (image >> (4 if image.max(initial=0) <= 4095 else 8)).astype(np.uint8)
     elif image.dtype != np.uint8:
-        raise InputError(
-            f"`{name}`: 8 or 16 bit pixels are wanted, its are {image.dtype}; save it as 8 bit RGB"
-        )
+        raise InputError(f"`{name}`: 8 or 16 bit pixels are wanted, its are {image.dtype}; save it as 8 bit RGB")
     if image.shape[2] in (2, 4):
         image = on_white(image[..., :-1], image[..., -1:])
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image

@@ -28,6 +28,10 @@ class PlainProgress:
     def __exit__(self, *error: object) -> None:
         pass
 
+    def say(self, text: str, error: bool = False) -> None:
+        """A line for stdout or, for an error, stderr."""
+        click.echo(text, err=error)
+
     def begin(self, name: str) -> None:
         """A slide begins."""
         self._name = name
@@ -59,6 +63,8 @@ class BarProgress:
             _Rate(),
             bars.TimeRemainingColumn(),
             transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self._all = self._bars.add_task("slides", total=slides)
         self._one = self._bars.add_task("", total=None)
@@ -71,11 +77,19 @@ class BarProgress:
     def __exit__(self, *error: object) -> None:
         self._bars.stop()
 
+    def say(self, text: str, error: bool = False) -> None:
+        """A line above the bars, or, for an error while stderr goes elsewhere, there."""
+        if error and not sys.stderr.isatty():
+            click.echo(text, err=True)
+        else:
+            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def begin(self, name: str) -> None:
         """A slide begins."""
         self._bars.update(self._all, completed=self._begun)
         self._begun += 1
-        self._bars.reset(self._one, total=None, description=name)
+        self._bars.remove_task(self._one)
+        self._one = self._bars.add_task(name, total=None)
 
     def tiles(self, done: int, total: int) -> None:
         """So many of the slide's tiles are done."""

@@ -75,9 +75,7 @@ class OpenSlideSlide(Slide):
 class TiffSlide(Slide):
     """A tiled TIFF of 8 bit RGB, with or without pyramid; only the tiles asked for are decoded."""
 
-    def __init__(
-        self, path: Path, tif: tifffile.TiffFile, pages: Sequence[Any], mpp: tuple[float | None, str]
-    ) -> None:
+    def __init__(self, path: Path, tif: tifffile.TiffFile, pages: Sequence[Any], mpp: tuple[float | None, str]) -> None:
         self.path = path
         self.mpp, self.mpp_source = mpp
         self.level_whs = [(page.imagewidth, page.imagelength) for page in pages]
@@ -130,10 +128,7 @@ def open_tiff(path: Path) -> Slide:
         if max(ends) > tif.filehandle.size:
             raise InputError(f"`{path}`: the file is cut off, pixels are missing; copy it again")
         mpp = _tiff_mpp(tif)
-        if all(
-            page.is_tiled and page.dtype == np.uint8 and page.axes == "YXS" and _is_rgb(page)
-            for page in pages
-        ):
+        if all(page.is_tiled and page.dtype == np.uint8 and page.axes == "YXS" and _is_rgb(page) for page in pages):
             stack.pop_all()  # the slide closes the file
             return TiffSlide(path, tif, pages, mpp)
         return ArraySlide(_whole_page(path, pages[0]), path, *mpp)
@@ -158,9 +153,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"`{path}`: cannot be read, it is damaged, cut off or not an image ({detail})"
-        ) from error
+        raise InputError(f"`{path}`: cannot be read, it is damaged, cut off or not an image ({detail})") from error
 
 
 def _assembled(
@@ -208,9 +201,7 @@ def _load(path: Path, formats: tuple[str, ...]) -> tuple[NDArray[np.uint8], tupl
                     return to_rgb8(np.asarray(image.convert("RGBA")), str(path)), dpi
                 return to_rgb8(np.asarray(image.convert("RGB")), str(path)), dpi
         except Image.DecompressionBombError as error:
-            raise InputError(
-                f"`{path}`: too large for one piece in memory; save it as a tiled TIFF"
-            ) from error
+            raise InputError(f"`{path}`: too large for one piece in memory; save it as a tiled TIFF") from error
 
 
 def _tiff_mpp(tif: tifffile.TiffFile) -> tuple[float | None, str]:
@@ -219,9 +210,7 @@ def _tiff_mpp(tif: tifffile.TiffFile) -> tuple[float | None, str]:
         pixels = ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels")
         attributes = {} if pixels is None else pixels.attrib
         sizes = [float(attributes.get(f"PhysicalSize{axis}", "nan")) for axis in "XY"]
-        units = [
-            _UM_PER_OME_UNIT.get(attributes.get(f"PhysicalSize{axis}Unit", "um"), math.nan) for axis in "XY"
-        ]
+        units = [_UM_PER_OME_UNIT.get(attributes.get(f"PhysicalSize{axis}Unit", "um"), math.nan) for axis in "XY"]
         x, y = (size * unit for size, unit in zip(sizes, units, strict=True))
         if math.isfinite(x) and math.isfinite(y):
             return checked_mpp((x, y), "its OME metadata")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import uuid
 from collections.abc import Callable, Iterator
@@ -91,9 +92,7 @@ def csv_sink(path: Path, mpp: float) -> Iterator[Add]:
             lengths = (x, y, x * mpp, y * mpp, nucleus.area_um2, nucleus.perimeter_um)
             axes = (nucleus.major_um, nucleus.minor_um)
             ratios = (nucleus.eccentricity, nucleus.probability)
-            writer.writerow(
-                [nucleus.id, *(f"{v:.3f}" for v in lengths + axes), *(f"{v:.4f}" for v in ratios)]
-            )
+            writer.writerow([nucleus.id, *(f"{v:.3f}" for v in lengths + axes), *(f"{v:.4f}" for v in ratios)])
 
         yield add
 
@@ -114,4 +113,7 @@ def overlay_sink(path: Path, slide: Slide) -> Iterator[Add]:
         cv2.polylines(canvas, [points], True, _OUTLINE_RGB, 1, cv2.LINE_AA, _FRACTION_BITS)
 
     yield add
-    Image.fromarray(canvas).save(path, "JPEG", quality=90)
+    # Through memory: Pillow takes a write that a full disk cut short for a success.
+    jpeg = io.BytesIO()
+    Image.fromarray(canvas).save(jpeg, "JPEG", quality=90)
+    path.write_bytes(jpeg.getvalue())

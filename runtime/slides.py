@@ -109,9 +109,7 @@ def open_slide(path: Path) -> Slide:
     if suffix in IMAGE_EXTENSIONS:
         return readers.open_image(path)
     if suffix in VENDOR_EXTENSIONS:
-        raise InputError(
-            f"`{path}`: OpenSlide finds no slide in it; the file is damaged, cut off or something else"
-        )
+        raise InputError(f"`{path}`: OpenSlide finds no slide in it; the file is damaged, cut off or something else")
     raise InputError(f"`{path}`: not a slide or image that is supported ({', '.join(EXTENSIONS)})")
 
 
@@ -135,7 +133,7 @@ def read_input(slide: Slide, box: Box, grid: Grid) -> NDArray[np.uint8]:
 
     Reads the coarsest level that is still as fine as the input. Each pixel is sampled at its own place in the
     slide with an antialiased bilinear filter that also sees the pixels outside `box`, so a pixel is the same
-    in whichever box it is read (to one grey level, the filter's rounding).
+    in whichever box it is read, but for a grey level where the filter rounds.
 
     Args:
         slide: where to read.
@@ -198,9 +196,7 @@ def _resized(slide: Slide, level: int, box: Box, input_wh: tuple[int, int]) -> N
     x, width, left, right = _source(box.x0, box.x1, input_wh[0], level_w)
     y, height, top, bottom = _source(box.y0, box.y1, input_wh[1], level_h)
     region = Image.fromarray(slide.read_region(level, x, y, width, height))
-    resized = region.resize(
-        (box.width, box.height), Image.Resampling.BILINEAR, box=(left, top, right, bottom)
-    )
+    resized = region.resize((box.width, box.height), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
     return np.asarray(resized)
 
 

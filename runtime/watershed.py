@@ -39,10 +39,8 @@ def separate(
     """
     probability = sigmoid(maps[0])
     mask = probability > post.nucleus_threshold
-    if "distance" in output.channels:
-        distance = maps[output.channels.index("distance")]
-    else:
-        distance = _relative_depth(mask, mpp)
+    given = "distance" in output.channels
+    distance = maps[output.channels.index("distance")] if given else _relative_depth(mask, mpp)
     seeds = _components((distance > post.seed_threshold) & mask)
     # Flooding in 1/1000 steps: integer levels make ties, and so the result, independent of the block's origin.
     level = np.clip(-distance * 1000, -32767, 32767).astype(np.int16)
@@ -58,7 +56,6 @@ def _components(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
 
 def _relative_depth(mask: NDArray[np.bool_], mpp: float) -> NDArray[np.float32]:
     """Depth inside the mask over the depth of the widest part near by (6 µm): about 1 at each nucleus's middle."""
-    # A ring of background keeps the transform from taking the region's edge for one.
     depth = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
     reach = 2 * max(1, round(3 / mpp)) + 1
     widest = cv2.dilate(depth, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach)))

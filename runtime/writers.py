@@ -21,9 +21,7 @@ _TILE_PX = 512
 _UM_PER_CM = 10000.0
 
 
-def write_results(
-    strips: Iterable[Strip], slide: Slide, mpp: float, folder: Path, outputs: Sequence[str]
-) -> int:
+def write_results(strips: Iterable[Strip], slide: Slide, mpp: float, folder: Path, outputs: Sequence[str]) -> int:
     """Write a slide's results while its strips come in, and move them into place at the end.
 
     Earlier results stay until then. `slide.json`, which says that results are complete, is removed before the

@@ -30,11 +30,9 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def draw_discs() -> DrawDiscs:
-    """(width, height), centres (x, y) in px with pixel (0, 0) covering [0, 1), radius -> image of dark discs."""
+    """(width, height), centres (x, y), radius -> image of dark discs; pixel (0, 0) covers [0, 1) x [0, 1)."""
 
-    def draw(
-        size_wh: tuple[int, int], centres_xy: Sequence[tuple[float, float]], radius: float
-    ) -> NDArray[np.uint8]:
+    def draw(size_wh: tuple[int, int], centres_xy: Sequence[tuple[float, float]], radius: float) -> NDArray[np.uint8]:
         y, x = np.mgrid[: size_wh[1], : size_wh[0]] + 0.5
         inside = np.zeros(x.shape, bool)
         for cx, cy in centres_xy:

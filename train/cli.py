@@ -92,6 +92,7 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     cross_validate(
         settings,
         samples,
+        data,
         out,
         which,
         device=device,

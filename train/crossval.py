@@ -28,6 +28,7 @@ PACKAGES = ("nsam", "torch", "timm", "segment-anything", "numpy", "opencv-python
 def cross_validate(
     settings: Settings,
     samples: list[Sample],
+    data: Path,
     out: Path,
     which: list[int],
     *,
@@ -44,7 +45,7 @@ def cross_validate(
     """
     deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
     folds = make_folds(samples, settings.folds, settings.validation_share)
-    claim(out, settings, samples, resume)
+    claim(out, settings, samples, data, resume)
     write_folds(folds, out / "folds.csv")
     finished = True
     for k in which:
@@ -73,7 +74,7 @@ def cross_validate(
     return finished
 
 
-def claim(out: Path, settings: Settings, samples: list[Sample], resume: bool) -> None:
+def claim(out: Path, settings: Settings, samples: list[Sample], data: Path, resume: bool) -> None:
     """Make the run's folder and its `config.json`, or see that the run in it is the same one."""
     config = out / "config.json"
     data_hash = hash_samples(samples)
@@ -92,17 +93,17 @@ def claim(out: Path, settings: Settings, samples: list[Sample], resume: bool) ->
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(describe(settings, samples, data_hash), indent=1)
+        text = json.dumps(describe(settings, samples, data, data_hash), indent=1)
         config.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"`{out}`: cannot be written ({error.strerror}); choose another --out") from error
 
 
-def describe(settings: Settings, samples: list[Sample], data_hash: str) -> dict[str, Any]:
+def describe(settings: Settings, samples: list[Sample], data: Path, data_hash: str) -> dict[str, Any]:
     """What `config.json` holds: settings, data, versions, commit."""
     return {
         "settings": asdict(settings),
-        "data": {"images": len(samples), "sha256": data_hash},
+        "data": {"root": str(data.resolve()), "images": len(samples), "sha256": data_hash},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": _commit(),
     }

@@ -1,0 +1,138 @@
+"""Network -> ONNX: one input `image` uint8 (N, S, S, 3), one output `maps` float32 (N, C, S/stride, S/stride)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from nsam.runtime.errors import ModelError
+from nsam.train.model import NucleusNet
+
+OPSET = 18  # TensorRT 10 and ONNX Runtime read it whole; from 23 on the exporter writes Attention, which TensorRT lacks
+SIMPLIFY_SECONDS = 600
+
+#: Runs apart: onnxsim is native code that can crash, and must not take the export with it.
+_SIMPLIFY = """
+import sys, onnx, onnxsim
+# fuse_attention would put in an operator of com.microsoft, which only ONNX Runtime knows.
+model, same = onnxsim.simplify(onnx.load(sys.argv[1]), skipped_optimizers=["fuse_attention"])
+if not same:
+    sys.exit("its result differs from the graph it was given")
+onnx.save(model, sys.argv[2])
+"""
+
+
+def export_onnx(model: NucleusNet, size: int, path: Path) -> None:
+    """Write the network as ONNX with a dynamic batch and a fixed tile side.
+
+    Args:
+        model: merged, in eval mode, on the CPU.
+        size: side of a tile, px.
+        path: where to write.
+    """
+    # With an example batch of 1 the exporter would take N = 1 for a constant.
+    example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own deprecations
+        torch.onnx.export(
+            model,
+            (example,),
+            path,
+            input_names=["image"],
+            output_names=["maps"],
+            opset_version=OPSET,
+            dynamo=True,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=1024)}},
+            external_data=False,
+            verbose=False,
+        )
+    check_graph(path)
+
+
+def simplify(source: Path, target: Path) -> str | None:
+    """Fold constants with onnxsim in a process of its own.
+
+    Returns:
+        None when `target` was written, else why the graph stays as it was.
+    """
+    command = [sys.executable, "-c", _SIMPLIFY, str(source), str(target)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SIMPLIFY_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"onnxsim took more than {SIMPLIFY_SECONDS} s"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        return f"onnxsim ended with {done.returncode}: {lines[-1] if lines else 'no message'}"
+    try:
+        check_graph(target)
+    except (ModelError, onnx.checker.ValidationError) as error:
+        target.unlink()
+        return f"onnxsim's graph is refused: {error}"
+    return None
+
+
+def check_graph(path: Path) -> None:
+    """Full check with shape inference, and standard operators only.
+
+    Raises:
+        ModelError: an operator outside the standard domain.
+        onnx.checker.ValidationError: an invalid graph.
+    """
+    onnx.checker.check_model(str(path), full_check=True)
+    nodes = onnx.load(path).graph.node
+    foreign = sorted({f"{n.domain}::{n.op_type}" for n in nodes if n.domain not in ("", "ai.onnx")})
+    if foreign:
+        raise ModelError(f"`{path}`: operators outside the standard domain: {', '.join(foreign)}")
+
+
+def store_weights_fp16(source: Path, target: Path, least: int = 256) -> None:
+    """Keep large weights as fp16 with a Cast to fp32 behind them: half the file, the same arithmetic.
+
+    ONNX Runtime folds the casts when it loads. What changes is the rounding of the weights; parity measures it.
+
+    Args:
+        source: a graph with fp32 weights.
+        target: where to write.
+        least: weights of fewer elements stay as they are.
+    """
+    model = onnx.load(source)
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= least:
+            name = tensor.name
+            half = numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(half, f"{name}.fp16"))
+            casts.append(helper.make_node("Cast", [tensor.name], [name], f"{name}.cast", to=TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, target)
+    check_graph(target)
+
+
+def add_metadata(path: Path, **entries: str) -> None:
+    """Put key-value pairs into the graph's metadata, replacing what stands under the same keys."""
+    model = onnx.load(path)
+    kept = {entry.key: entry.value for entry in model.metadata_props}
+    del model.metadata_props[:]
+    helper.set_model_props(model, {**kept, **entries})
+    onnx.save(model, path)
+
+
+def describe_graph(path: Path) -> dict[str, float]:
+    """Operators, parameters and megabytes of a graph, for the table that the command prints."""
+    model = onnx.load(path)
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    return {
+        "operators": sum(Counter(node.op_type for node in model.graph.node).values()),
+        "parameters": sum(int(np.prod(t.dims)) for t in model.graph.initializer if t.data_type in floats),
+        "megabytes": round(path.stat().st_size / 1e6, 2),
+    }

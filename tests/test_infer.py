@@ -1,0 +1,403 @@
+"""nsam-infer end to end, with a tiny model that finds dark discs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from click.testing import CliRunner, Result
+from numpy.typing import NDArray
+from PIL import Image
+
+from nsam.runtime import batch, segment
+from nsam.runtime.cli import main
+from nsam.runtime.errors import InputError
+from nsam.runtime.settings import OUTPUTS
+
+DrawDiscs = Callable[..., NDArray[np.uint8]]
+
+RADIUS_UM = 4.0
+SIZE_UM = (75.0, 60.0)
+#: Alone, over tile borders (every 12 µm), near each other, at the image's edge.
+CENTRES_UM = [
+    (10, 10),
+    (14.3, 28.1),
+    (24, 12),
+    (36, 36.5),
+    (45.1, 36.5),
+    (60, 12.2),
+    (60, 48),
+    (20, 47),
+    (71, 30),
+]
+
+
+@pytest.fixture
+def infer(tiny_model: Path, tmp_path: Path) -> Callable[..., Result]:
+    """Run the command with the tiny model into tmp_path/out."""
+
+    def run(*arguments: object) -> Result:
+        common = [
+            "--out",
+            str(tmp_path / "out"),
+            "--model",
+            str(tiny_model),
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+        ]
+        return CliRunner().invoke(main, [*common, *map(str, arguments)], catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture
+def discs(draw_discs: DrawDiscs) -> Callable[[float], NDArray[np.uint8]]:
+    """The discs at so many µm per px."""
+
+    def draw(mpp: float) -> NDArray[np.uint8]:
+        size = tuple(round(side / mpp) for side in SIZE_UM)
+        return draw_discs(size, [(x / mpp, y / mpp) for x, y in CENTRES_UM], RADIUS_UM / mpp)
+
+    return draw
+
+
+@pytest.fixture
+def png(tmp_path: Path, discs: Callable[[float], NDArray[np.uint8]]) -> Path:
+    path = tmp_path / "a.png"
+    Image.fromarray(discs(0.25)).save(path)
+    return path
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    with (folder / "nuclei.csv").open(encoding="utf-8", newline="") as stream:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+
+
+def failures(out: Path) -> list[dict[str, str]]:
+    with (out / "failed.csv").open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+# What is found
+
+
+@pytest.mark.parametrize("mpp", [0.125, 0.25, 0.5])
+def test_discs_are_counted_placed_and_measured(
+    infer: Callable[..., Result], discs: Callable[[float], NDArray[np.uint8]], tmp_path: Path, mpp: float
+) -> None:
+    image = discs(mpp)
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        image,
+        photometric="rgb",
+        resolution=(1e4 / mpp, 1e4 / mpp),
+        resolutionunit="CENTIMETER",
+    )
+    result = infer(tmp_path / "a.tif")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out" / "a"
+    rows = rows_of(out)
+    assert len(rows) == len(CENTRES_UM)
+    for x, y in CENTRES_UM:
+        row = min(rows, key=lambda row: np.hypot(row["x_um"] - x, row["y_um"] - y))
+        assert np.hypot(row["x_um"] - x, row["y_um"] - y) < 0.1
+        assert row["x_px"] * mpp == pytest.approx(row["x_um"], abs=1e-3)
+        if x + RADIUS_UM < SIZE_UM[0]:
+            assert row["area_um2"] == pytest.approx(np.pi * RADIUS_UM**2, rel=0.06)
+    labels = tifffile.imread(out / "labels.tif")
+    assert labels.shape == image.shape[:2]
+    assert sorted(np.unique(labels)) == list(range(len(CENTRES_UM) + 1))
+    dark = image[..., 0] < 128
+    assert ((labels > 0) != dark).sum() < 0.06 * dark.sum()
+    summary = json.loads((out / "slide.json").read_text(encoding="utf-8"))
+    assert summary["nuclei"] == len(CENTRES_UM)
+    assert summary["mpp"] == pytest.approx(mpp)
+    assert summary["mpp_source"] == "its resolution tags"
+    assert summary["nuclei_per_mm2"] == pytest.approx(len(CENTRES_UM) / (SIZE_UM[0] * SIZE_UM[1] / 1e6))
+
+
+def test_api_equals_command(infer: Callable[..., Result], png: Path, tiny_model: Path, tmp_path: Path) -> None:
+    assert infer(png, "--mpp", 0.25).exit_code == 0
+    labels = segment(np.asarray(Image.open(png)), model=tiny_model)
+    assert labels.dtype == np.int32
+    np.testing.assert_array_equal(labels, tifffile.imread(tmp_path / "out" / "a" / "labels.tif"))
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (9, 9, 4), (0, 9, 3)])
+def test_api_refuses_other_arrays(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="`image`"):
+        segment(np.zeros(shape, np.uint8))
+
+
+def test_image_smaller_than_a_tile(infer: Callable[..., Result], draw_discs: DrawDiscs, tmp_path: Path) -> None:
+    Image.fromarray(draw_discs((40, 37), [(20, 18)], 9)).save(tmp_path / "a.png")
+    assert infer(tmp_path / "a.png", "--mpp", 0.25).exit_code == 0
+    (row,) = rows_of(tmp_path / "out" / "a")
+    assert (row["x_px"], row["y_px"]) == pytest.approx((20, 18), abs=0.1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 90), (90, 1)])
+def test_tiniest_images(infer: Callable[..., Result], tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size, "white").save(tmp_path / "a.png")
+    assert infer(tmp_path / "a.png", "--mpp", 0.25).exit_code == 0
+    assert rows_of(tmp_path / "out" / "a") == []
+
+
+def test_real_slides(infer: Callable[..., Result], data_dir: Path, tmp_path: Path) -> None:
+    with Image.open(data_dir / "slides" / "hgsc_nest.jpg") as image:
+        image.crop((0, 0, 300, 300)).save(tmp_path / "crop.jpg")
+    result = infer(tmp_path / "crop.jpg", data_dir / "slides" / "CMU-1-Small-Region.svs", "--outputs", "csv")
+    assert result.exit_code == 1
+    assert "`--mpp`" not in result.output
+    (failure,) = failures(tmp_path / "out")
+    assert failure["stage"] == "mpp"
+    summary = json.loads((tmp_path / "out" / "CMU-1-Small-Region" / "slide.json").read_text(encoding="utf-8"))
+    assert summary["size_wh_px"] == [2220, 2967]
+    assert summary["mpp"] == pytest.approx(0.499)
+
+
+# What a run leaves
+
+
+def test_files_of_a_run(infer: Callable[..., Result], png: Path, tiny_model: Path, tmp_path: Path) -> None:
+    result = infer(png, "--mpp", 0.25)
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"run.json", "a"}
+    assert {path.name for path in (out / "a").iterdir()} == {*OUTPUTS.values(), "slide.json"}
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert run["settings"]["mpp"] == 0.25
+    assert run["model"]["name"] == "tiny"
+    assert run["device"].startswith("cpu (ONNX Runtime")
+    assert run["device"] in result.output
+    assert "1 slides done, 0 skipped, 0 failed; 9 nuclei in" in result.output
+    assert result.stderr == ""
+
+
+def test_outputs_asked_for_only(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    assert infer(png, "--mpp", 0.25, "--outputs", "csv, labels").exit_code == 0
+    names = {path.name for path in (tmp_path / "out" / "a").iterdir()}
+    assert names == {"nuclei.csv", "labels.tif", "slide.json"}
+
+
+def test_done_slides_are_skipped_until_more_is_asked(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    infer(png, "--mpp", 0.25, "--outputs", "csv")
+    done = tmp_path / "out" / "a" / "slide.json"
+    before = done.stat().st_mtime_ns
+    assert "done before, skipped" in infer(png, "--mpp", 0.25, "--outputs", "csv").output
+    assert done.stat().st_mtime_ns == before
+    assert infer(png, "--mpp", 0.25, "--outputs", "geojson").exit_code == 0
+    assert done.stat().st_mtime_ns > before
+    assert (tmp_path / "out" / "a" / "nuclei.csv").exists()
+
+
+def test_other_settings_need_overwrite(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    infer(png, "--mpp", 0.25)
+    out = tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in (out / "a").iterdir()}
+    result = infer(png, "--mpp", 0.3, "--outputs", "csv")
+    assert result.exit_code == 1
+    assert "--overwrite" in result.stderr
+    assert failures(out)[0]["stage"] == "write"
+    assert {path.name: path.read_bytes() for path in (out / "a").iterdir()} == before
+    assert infer(png, "--mpp", 0.3, "--outputs", "csv", "--overwrite").exit_code == 0
+    # The others were of the settings before.
+    assert {path.name for path in (out / "a").iterdir()} == {"nuclei.csv", "slide.json"}
+    assert not (out / "failed.csv").exists()
+
+
+def test_equal_stems_have_folders_of_their_own(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        shutil.copyfile(png, tmp_path / folder / "a.png")
+    assert infer(tmp_path / "x", tmp_path / "y", "--mpp", 0.25, "--outputs", "csv").exit_code == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "x_a", "y_a"}
+
+
+def test_another_slide_of_the_same_name_does_not_overwrite(
+    infer: Callable[..., Result], png: Path, tmp_path: Path
+) -> None:
+    infer(png, "--mpp", 0.25, "--outputs", "csv")
+    (tmp_path / "x").mkdir()
+    shutil.copyfile(png, tmp_path / "x" / "a.png")
+    result = infer(tmp_path / "x" / "a.png", "--mpp", 0.25, "--outputs", "csv")
+    assert result.exit_code == 1
+    assert "of another slide" in result.stderr
+
+
+def test_results_below_the_input_are_no_input(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    assert infer(tmp_path, "--mpp", 0.25).exit_code == 0
+    assert "0 slides done, 1 skipped" in infer(tmp_path, "--mpp", 0.25).output
+
+
+# What goes wrong
+
+
+def test_one_failure_does_not_end_the_batch(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    for name in ("a.png", "cut.png", "z.png"):
+        shutil.copyfile(png, slides / name)
+    (slides / "cut.png").write_bytes(png.read_bytes()[:300])
+    (slides / "empty.svs").touch()
+    (slides / "text.svs").write_text("no slide")
+    result = infer(slides, "--mpp", 0.25, "--outputs", "csv")
+    assert result.exit_code == 1
+    assert "2 slides done, 0 skipped, 3 failed" in result.output
+    lines = result.stderr.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("failed: `") for line in lines)
+    assert [(Path(row["slide"]).name, row["stage"]) for row in failures(tmp_path / "out")] == [
+        ("cut.png", "open"),
+        ("empty.svs", "open"),
+        ("text.svs", "open"),
+    ]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "failed.csv", "a", "z"}
+
+
+def test_no_mpp(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    result = infer(png)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"failed: `{png}`: no mpp in its metadata; pass --mpp (µm per px; 0.25 for most 40x scans)\n"
+    )
+    assert failures(tmp_path / "out")[0]["stage"] == "mpp"
+
+
+def test_mpp_option_overrules_metadata(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    Image.open(png).save(png, dpi=(5080, 5080))  # 5 µm/px
+    assert "its mpp of 5 in its resolution tags is not in .1 to 2; pass --mpp" in infer(png).stderr
+    assert infer(png, "--mpp", 0.25, "--outputs", "csv").exit_code == 0
+    summary = json.loads((tmp_path / "out" / "a" / "slide.json").read_text(encoding="utf-8"))
+    assert (summary["mpp"], summary["mpp_source"]) == (0.25, "--mpp")
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_the_unexpected_is_one_line(
+    infer: Callable[..., Result],
+    png: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    verbose: bool,
+) -> None:
+    def broken(*arguments: Any, **options: Any) -> Any:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(batch, "segment_slide", broken)
+    result = infer(png, "--mpp", 0.25, *(["-v"] if verbose else []))
+    assert result.exit_code == 1
+    assert "failed: unexpected: ZeroDivisionError: by zero (run with -v for the traceback)\n" in result.stderr
+    assert ("Traceback" in caplog.text) == verbose
+    assert failures(tmp_path / "out")[0]["stage"] == "infer"
+
+
+def test_interrupt_keeps_what_is_finished(
+    infer: Callable[..., Result], png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(png, tmp_path / "b.png")
+    real = batch.segment_slide
+
+    def interrupted(slide: Any, *arguments: Any, **options: Any) -> Any:
+        if slide.path.name == "b.png":
+            raise KeyboardInterrupt
+        return real(slide, *arguments, **options)
+
+    monkeypatch.setattr(batch, "segment_slide", interrupted)
+    result = infer(png, tmp_path / "b.png", "--mpp", 0.25, "--outputs", "csv")
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted; finished slides are kept\n"
+    assert [path.name for path in (tmp_path / "out").rglob("slide.json")] == ["slide.json"]
+    assert not list((tmp_path / "out").rglob("*.part"))
+    monkeypatch.undo()
+    assert "1 slides done, 1 skipped" in infer(png, tmp_path / "b.png", "--mpp", 0.25, "--outputs", "csv").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing argument"),
+        (["missing.svs"], "`missing.svs`: no such file or folder"),
+        (["."], "no slide or image in it"),
+        (["a.png", "--mpp", "25"], "0.05<=x<=4"),
+        (["a.png", "--outputs", "csv,xml"], "`xml` is none of"),
+        (["a.png", "--device", "abacus"], "abacus"),
+        (["a.png", "--model", "."], "no readable card.json"),
+    ],
+)
+def test_wrong_usage(
+    infer: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "a.png" in arguments:
+        Image.new("RGB", (8, 8)).save("a.png")
+    result = infer(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_folder_named_like_a_slide(infer: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "a.svs").mkdir()
+    result = infer(tmp_path / "a.svs")
+    assert (result.exit_code, "no slide or image in it" in result.stderr) == (2, True)
+
+
+def test_output_below_a_file(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = infer(png, "--out", tmp_path / "file" / "out")
+    assert (result.exit_code, "cannot be written" in result.stderr) == (2, True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_output(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o555)
+    result = infer(png, "--out", tmp_path / "locked")
+    assert (result.exit_code, "cannot be written" in result.stderr) == (2, True)
+
+
+# The command as users start it
+
+
+def start(*arguments: object, forbid: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """nsam-infer in a process of its own, with modules that cannot be imported."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({forbid})); from nsam.runtime.cli import main; main()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_without_torch(png: Path, tiny_model: Path, tmp_path: Path) -> None:
+    training = ("torch", "torchvision", "timm", "segment_anything", "onnx", "sklearn", "matplotlib")
+    result = start(
+        png, "--mpp", 0.25, "--model", tiny_model, "--out", tmp_path / "out", "--threads", 1, forbid=training
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(rows_of(tmp_path / "out" / "a")) == len(CENTRES_UM)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("numpy", "cv2", "skimage", "scipy", "PIL", "tifffile", "openslide", "onnxruntime", "rich")
+    begin = time.perf_counter()
+    result = start("--help", forbid=heavy)
+    assert result.returncode == 0
+    assert "nsam-infer slides/ --out results/" in result.stdout
+    assert time.perf_counter() - begin < 5  # .2 s where nothing else runs
+
+
+def test_version() -> None:
+    assert "0." in start("--version").stdout

@@ -1,0 +1,85 @@
+"""Inputs: every slide is found once, nothing is missed in silence, results have places of their own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nsam.runtime.errors import InputError
+from nsam.runtime.inputs import find_slides, folder_names
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def found(folder: Path, *inputs: str) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in find_slides([str(folder / i) for i in inputs])]
+
+
+def test_folder_in_natural_order_whatever_the_case(tmp_path: Path) -> None:
+    touch(tmp_path, "s10.svs", "s2.SVS", "sub/a.NDPI", "sub/deep/b.Tif", "notes.txt", "s2.svs.part")
+    assert found(tmp_path, ".") == ["s2.SVS", "s10.svs", "sub/a.NDPI", "sub/deep/b.Tif"]
+
+
+def test_hidden_files_and_results_are_no_slides(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "a.png",
+        "._a.png",
+        ".cache/b.png",
+        "out/a/slide.json",
+        "out/a/overlay.jpg",
+        "out/a/labels.tif",
+    )
+    assert found(tmp_path, ".") == ["a.png"]
+
+
+def test_dicom_is_named_not_found(tmp_path: Path) -> None:
+    touch(tmp_path, "d/1.dcm", "d/2.dcm")
+    assert found(tmp_path, "d/1.dcm") == ["d/1.dcm"]
+    with pytest.raises(InputError, match="no slide or image"):
+        found(tmp_path, "d")
+
+
+def test_each_slide_once(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    os.symlink(tmp_path / "a.png", tmp_path / "link.png")
+    assert found(tmp_path, "b.png", "a.png", ".", "*.png") == ["a.png", "b.png"]
+
+
+def test_patterns(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a.png", "x/a.txt", "y/b.png", "y/sub/c.svs")
+    assert found(tmp_path, "x/*") == ["x/a.png"]
+    assert found(tmp_path, "**/*.svs") == ["y/sub/c.svs"]
+    assert found(tmp_path, "*") == ["x/a.png", "y/b.png", "y/sub/c.svs"]
+
+
+@pytest.mark.parametrize("text", ["empty", "missing", "missing/*.svs", "empty/*"])
+def test_nothing_found_is_an_error_though_others_have_slides(tmp_path: Path, text: str) -> None:
+    touch(tmp_path, "a.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=text.split("/")[0]):
+        found(tmp_path, "a.png", text)
+
+
+def test_message_names_what_is_supported(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"\.svs, \.ndpi.*\.png"):
+        find_slides([str(tmp_path)])
+
+
+def test_folder_names(tmp_path: Path) -> None:
+    paths = [tmp_path / p for p in ("a/x.svs", "b/x.svs", "b/y.svs", "c/z.png", "c/z.jpg", "d/X.svs", "d/a_x.svs")]
+    names = folder_names(paths)
+    assert [names[p] for p in paths] == ["a_x.svs", "b_x", "y", "c_z.png", "c_z.jpg", "d_X", "d_a_x"]
+
+
+def test_folder_names_of_equal_parents_differ(tmp_path: Path) -> None:
+    paths = [tmp_path / "1" / "a" / "x.svs", tmp_path / "2" / "a" / "x.svs"]
+    names = folder_names(paths)
+    assert len(set(names.values())) == 2
+    assert folder_names(paths[::-1]) == names

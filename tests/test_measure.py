@@ -1,0 +1,74 @@
+"""Measurements against scikit-image's, and in the slide's coordinates."""
+
+import cv2
+import numpy as np
+import pytest
+from skimage.measure import regionprops_table
+
+from nsam.runtime.measure import measure
+
+
+def ellipses(seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    labels = np.zeros((200, 240), np.int32)
+    for i in range(25):
+        centre = (int(rng.integers(0, 240)), int(rng.integers(0, 200)))
+        axes = (int(rng.integers(1, 16)), int(rng.integers(1, 12)))
+        cv2.ellipse(labels, centre, axes, float(rng.uniform(0, 180)), 0, 360, 3 * i + 1, -1)
+    return labels
+
+
+def test_measurements_equal_regionprops() -> None:
+    labels = ellipses()
+    probability = np.random.default_rng(1).random(labels.shape).astype(np.float32)
+    found = measure(labels, probability, (0, 0), 0.5)
+    names = ("label", "area", "centroid", "axis_major_length", "axis_minor_length", "eccentricity", "mean_intensity")
+    wanted = regionprops_table(labels, probability, properties=names)
+    assert [n.id for n in found] == wanted["label"].tolist()
+    np.testing.assert_array_equal([n.area_px for n in found], wanted["area"])
+    np.testing.assert_allclose([n.area_um2 for n in found], wanted["area"] * 0.25)
+    np.testing.assert_allclose([n.centroid_xy[0] for n in found], wanted["centroid-1"] + 0.5)
+    np.testing.assert_allclose([n.centroid_xy[1] for n in found], wanted["centroid-0"] + 0.5)
+    np.testing.assert_allclose([n.major_um for n in found], wanted["axis_major_length"] * 0.5)
+    np.testing.assert_allclose([n.minor_um for n in found], wanted["axis_minor_length"] * 0.5)
+    np.testing.assert_allclose([n.eccentricity for n in found], wanted["eccentricity"], atol=1e-6)
+    np.testing.assert_allclose([n.probability for n in found], wanted["mean_intensity"], rtol=1e-5)
+
+
+def test_perimeter_of_a_circle() -> None:
+    labels = np.zeros((120, 120), np.int32)
+    y, x = np.mgrid[:120, :120] - 59.5
+    labels[x**2 + y**2 <= 50**2] = 1
+    (nucleus,) = measure(labels, np.ones(labels.shape, np.float32), (0, 0), 0.25)
+    # A polygon through pixel centres overstates a circle by some 5 %.
+    assert nucleus.perimeter_um == pytest.approx(2 * np.pi * 50 * 0.25, rel=0.07)
+
+
+def test_origin_moves_every_coordinate_and_nothing_else() -> None:
+    labels = ellipses(1)
+    probability = np.ones(labels.shape, np.float32)
+    for a, b in zip(measure(labels, probability, (0, 0), 1), measure(labels, probability, (1000, 70), 1), strict=True):
+        assert b.centroid_xy == (pytest.approx(a.centroid_xy[0] + 1000), pytest.approx(a.centroid_xy[1] + 70))
+        assert b.first_yx == (a.first_yx[0] + 70, a.first_yx[1] + 1000)
+        np.testing.assert_array_equal(b.ring_xy(), a.ring_xy() + [1000, 70])
+        assert b.area_px == a.area_px
+
+
+def test_ring_encloses_exactly_the_nucleus() -> None:
+    shapely = pytest.importorskip("shapely", reason="shapely is not installed")
+    labels, checked = ellipses(2), 0
+    for nucleus in measure(labels, np.ones(labels.shape, np.float32), (0, 0), 1):
+        ring = nucleus.ring_xy()
+        assert (ring[0] == ring[-1]).all()
+        mask = nucleus.mask.astype(np.uint8)
+        pieces = cv2.connectedComponents(mask, connectivity=4)[0] - 1
+        holes = len(cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]) > 1
+        if pieces != 1 or holes:
+            continue
+        assert shapely.Polygon(ring).area == nucleus.area_px
+        checked += 1
+    assert checked > 5
+
+
+def test_nothing_in_an_empty_image() -> None:
+    assert measure(np.zeros((5, 5), np.int32), np.zeros((5, 5), np.float32), (0, 0), 0.25) == []

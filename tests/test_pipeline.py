@@ -1,0 +1,109 @@
+"""Tiling changes nothing: over the same maps, blocks give the very label image of one pass."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nsam.runtime.card import ModelCard
+from nsam.runtime.pipeline import Strip, segment_maps, segment_slide
+from nsam.runtime.slides import ArraySlide
+from nsam.runtime.tiles import Grid
+from nsam.train.data import find_samples, read_sample
+from nsam.train.targets import make_targets
+
+
+class Replay:
+    """An engine that gives every tile the maps it was told."""
+
+    device = "test"
+
+    def __init__(self, card: ModelCard, run: Callable[[NDArray[np.uint8]], NDArray[np.float32]]) -> None:
+        self.card = card
+        self.run = run
+
+
+CARD = ModelCard("test", "1", "Apache-2.0")
+
+
+def label_image(strips: Iterator[Strip]) -> NDArray[np.int32]:
+    strips = list(strips)
+    assert [strip.y0 for strip in strips] == np.cumsum([0, *(len(s.labels) for s in strips[:-1])]).tolist()
+    ids = [nucleus.id for strip in strips for nucleus in strip.nuclei]
+    assert ids == list(range(1, len(ids) + 1))
+    return np.concatenate([strip.labels for strip in strips])
+
+
+def mosaic(data_dir: Path, side: int = 4) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """NuInsSeg's first images side by side, 512 px each: crowded and sparse tissue, nuclei cut by the joints."""
+    samples = find_samples(data_dir / "nuinsseg")[:: 665 // side**2][: side**2]
+    pairs = [read_sample(sample) for sample in samples]
+    for i, (_, labels) in enumerate(pairs):
+        labels[labels > 0] += 1000 * i
+    return tuple(  # type: ignore[return-value]
+        np.concatenate([np.concatenate([p[part] for p in pairs[r * side :][:side]], axis=1) for r in range(side)])
+        for part in (0, 1)
+    )
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.08])
+def test_a_mosaic_of_real_images_is_the_same_in_any_blocks(data_dir: Path, noise: float) -> None:
+    """2048 x 2048, maps made of real labels, rough as a network's: 1 block against 16 and 81."""
+    truth = mosaic(data_dir)[1]
+    targets = make_targets(truth, CARD.output.channels, 2)
+    maps = np.stack([(targets[0] - 0.5) * 12, targets[1]]).astype(np.float32)
+    maps += np.random.default_rng(0).normal(0, noise, maps.shape).astype(np.float32) * [[[12.0]], [[1.0]]]
+    maps = maps.astype(np.float32)
+    engine = Replay(CARD, lambda images: maps)
+    grid = Grid.of((2048, 2048), 0.25, 0.25, 2)
+
+    def run(block_px: int, rows: int) -> NDArray[np.int32]:
+        parts = (maps[:, y : y + rows] for y in range(0, maps.shape[1], rows))
+        return label_image(segment_maps(parts, engine, grid, 0.25, block_px))
+
+    whole = run(4096, 1024)
+    assert whole.max() > 500
+    for block_px, rows in ((512, 192), (230, 100)):
+        np.testing.assert_array_equal(run(block_px, rows), whole)
+
+
+def test_random_blobs_keep_together_at_any_scale() -> None:
+    rng = np.random.default_rng(3)
+    for mpp in (0.17, 0.25, 0.5):
+        grid = Grid.of((700, 500), mpp, 0.25, 2)
+        rough = rng.normal(size=(grid.map_wh[1], grid.map_wh[0])).astype(np.float32)
+        smooth = cv2.GaussianBlur(rough, (0, 0), 4)
+        smooth /= smooth.std()
+        maps = np.stack([smooth * 4 - 3, np.clip(smooth / 3, 0, 1)])
+        engine = Replay(CARD, lambda images: images)  # type: ignore[arg-type, return-value]
+        whole = label_image(segment_maps(iter([maps]), engine, grid, mpp, 1000))
+        parts = label_image(segment_maps(iter([maps[:, :50], maps[:, 50:]]), engine, grid, mpp, 256))
+        assert whole.max() > 10
+        np.testing.assert_array_equal(parts, whole)
+
+
+def test_the_network_s_tiles_meet_without_seam(tiny_model: Path, draw_discs: Any) -> None:
+    """Where the network itself is local, tiles, batches and one large tile agree."""
+    from nsam.runtime.engines import load
+
+    engine = load(tiny_model, device="cpu", threads=1)
+    centres = [(x + 9.5, y + 11.5) for x in range(0, 300, 37) for y in range(0, 200, 31)]
+    slide = ArraySlide(draw_discs((310, 215), centres, 8), Path("discs.png"))
+    a, b = (label_image(segment_slide(slide, engine, 0.25, batch=batch)) for batch in (1, 4))
+    np.testing.assert_array_equal(a, b)
+    assert a.max() == sum(1 for x, y in centres)
+
+
+def test_progress_ends_at_the_total(tiny_model: Path, draw_discs: Any) -> None:
+    from nsam.runtime.engines import load
+
+    seen: list[tuple[int, int]] = []
+    slide = ArraySlide(draw_discs((200, 100), [(50, 50)], 8), Path("disc.png"))
+    engine = load(tiny_model, device="cpu", threads=1)
+    list(segment_slide(slide, engine, 0.25, on_progress=lambda done, total: seen.append((done, total))))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1] > 1

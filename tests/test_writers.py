@@ -1,0 +1,170 @@
+"""Writers: the files say what was found, and are there whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import resource
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+
+from nsam.runtime.errors import OutputError
+from nsam.runtime.measure import measure
+from nsam.runtime.pipeline import Strip
+from nsam.runtime.settings import OUTPUTS
+from nsam.runtime.slides import ArraySlide
+from nsam.runtime.writers import write_results, write_text
+
+MPP = 0.5
+WIDTH, HEIGHT = 700, 1100  # more than one tile of the label TIFF both ways
+
+
+@pytest.fixture
+def labels() -> NDArray[np.int32]:
+    """Ellipses with ids in raster order of their first pixel; the last touches the corner."""
+    image = np.zeros((HEIGHT, WIDTH), np.int32)
+    shapes = [((100, 40), (20, 9)), ((505, 300), (12, 30)), ((300, 515), (8, 8)), ((699, 1099), (15, 15))]
+    for i, (centre, axes) in enumerate(shapes, start=1):
+        cv2.ellipse(image, centre, axes, 30, 0, 360, i, -1)
+    return image
+
+
+@pytest.fixture
+def slide() -> ArraySlide:
+    return ArraySlide(np.full((HEIGHT, WIDTH, 3), 240, np.uint8), Path("a.svs"), MPP)
+
+
+def strips_of(labels: NDArray[np.int32], cuts: tuple[int, ...] = (513, 1024)) -> Iterator[Strip]:
+    nuclei = measure(labels, np.full(labels.shape, 0.75, np.float32), (0, 0), MPP)
+    edges = (0, *cuts, len(labels))
+    for y0, y1 in pairwise(edges):
+        yield Strip(y0, labels[y0:y1], [n for n in nuclei if y0 <= n.first_yx[0] < y1])
+
+
+def write(labels: NDArray[np.int32], slide: ArraySlide, folder: Path, *outputs: str) -> int:
+    return write_results(strips_of(labels), slide, MPP, folder, outputs or tuple(OUTPUTS))
+
+
+def test_all_files_and_nothing_else(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -> None:
+    assert write(labels, slide, tmp_path / "new" / "a") == 4
+    assert {path.name for path in (tmp_path / "new" / "a").iterdir()} == set(OUTPUTS.values())
+
+
+def test_geojson(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -> None:
+    write(labels, slide, tmp_path, "geojson")
+    data = json.loads((tmp_path / "nuclei.geojson").read_text(encoding="utf-8"))
+    assert data["type"] == "FeatureCollection"
+    assert len({feature["id"] for feature in data["features"]}) == 4
+    nuclei = [nucleus for strip in strips_of(labels) for nucleus in strip.nuclei]
+    for feature, nucleus in zip(data["features"], nuclei, strict=True):
+        assert feature["type"] == "Feature"
+        assert feature["geometry"]["type"] == "Polygon"
+        (ring,) = feature["geometry"]["coordinates"]
+        assert ring[0] == ring[-1]
+        np.testing.assert_array_equal(ring, nucleus.ring_xy())
+        properties = feature["properties"]
+        assert properties["objectType"] == "detection"
+        assert properties["classification"] == {"name": "Nucleus"}
+        assert properties["measurements"]["Nucleus id"] == nucleus.id
+        assert properties["measurements"]["Area µm^2"] == pytest.approx(nucleus.area_px * MPP**2)
+
+
+def test_geojson_without_nuclei(slide: ArraySlide, tmp_path: Path) -> None:
+    assert write(np.zeros((HEIGHT, WIDTH), np.int32), slide, tmp_path, "geojson", "csv") == 0
+    data = json.loads((tmp_path / "nuclei.geojson").read_text())
+    assert data == {"type": "FeatureCollection", "features": []}
+    assert len((tmp_path / "nuclei.csv").read_text().splitlines()) == 1
+
+
+def test_results_are_the_same_in_every_run(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -> None:
+    for folder in ("1", "2"):
+        write(labels, slide, tmp_path / folder, "geojson", "csv", "overlay")
+    for name in ("nuclei.geojson", "nuclei.csv", "overlay.jpg"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_csv(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -> None:
+    write(labels, slide, tmp_path, "csv")
+    with (tmp_path / "nuclei.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["id"] for row in rows] == ["1", "2", "3", "4"]
+    first = rows[0]
+    y, x = np.nonzero(labels == 1)
+    assert float(first["x_px"]) == pytest.approx(x.mean() + 0.5, abs=1e-3)
+    assert float(first["y_px"]) == pytest.approx(y.mean() + 0.5, abs=1e-3)
+    assert float(first["x_um"]) == pytest.approx((x.mean() + 0.5) * MPP, abs=1e-3)
+    assert float(first["area_um2"]) == pytest.approx(len(x) * MPP**2, abs=1e-3)
+    assert float(first["major_um"]) == pytest.approx(41 * MPP, rel=0.03)
+    assert float(first["minor_um"]) == pytest.approx(19 * MPP, rel=0.03)
+    assert float(first["probability"]) == 0.75
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (512, 1024), (100, 101, 700, 1099)])
+def test_label_tiff_whatever_the_strips(
+    labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path, cuts: tuple[int, ...]
+) -> None:
+    write_results(strips_of(labels, cuts), slide, MPP, tmp_path, ("labels",))
+    with tifffile.TiffFile(tmp_path / "labels.tif") as tif:
+        page = tif.pages.first
+        assert page.dtype == np.int32
+        assert page.tile == (512, 512)
+        assert page.compression == tifffile.COMPRESSION.ADOBE_DEFLATE
+        assert (page.resolutionunit, page.resolution) == (3, (20000, 20000))  # px per cm
+        assert not tif.is_bigtiff
+        np.testing.assert_array_equal(tif.asarray(), labels)
+
+
+def test_overlay_is_small_and_has_the_outlines(tmp_path: Path) -> None:
+    image = np.full((1000, 4096, 3), 240, np.uint8)
+    labels = np.zeros(image.shape[:2], np.int32)
+    cv2.circle(labels, (2000, 500), 100, 1, -1)
+    write_results(strips_of(labels), ArraySlide(image, Path("a"), MPP), MPP, tmp_path, ("overlay",))
+    overlay = np.asarray(Image.open(tmp_path / "overlay.jpg")).astype(int)
+    assert overlay.shape == (500, 2048, 3)
+    y, x = np.nonzero(overlay[..., 0] < 120)
+    radius = np.hypot(x + 0.5 - 1000.25, y + 0.5 - 250.25)
+    assert radius.size > 200
+    assert np.abs(radius - 50).max() < 2
+
+
+def test_failure_leaves_earlier_results_and_no_parts(
+    labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path
+) -> None:
+    write(labels, slide, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def broken() -> Iterator[Strip]:
+        yield from list(strips_of(labels))[:2]
+        raise RuntimeError("the network failed")
+
+    with pytest.raises(RuntimeError, match="the network failed"):
+        write_results(broken(), slide, MPP, tmp_path, tuple(OUTPUTS))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_disk_full(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path, output: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # a write beyond it fails, as on a full disk
+    try:
+        with pytest.raises(OutputError, match="cannot be written") as caught:
+            write(labels, slide, tmp_path, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_is_written_whole_or_not(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.json", "µ")
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == "µ"
+    with pytest.raises(OutputError, match="missing"):
+        write_text(tmp_path / "missing" / "a.json", "")
