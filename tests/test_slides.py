@@ -221,7 +221,7 @@ def test_truncated(tmp_path: Path, request: pytest.FixtureRequest, noise: Pixels
         path = tmp_path / f"a.{kind}"
         Image.fromarray(noise).save(path)
     with pytest.raises(InputError, match=path.name) as caught:
-        whole(cut(path, share))
+        open_slide(cut(path, share))
     assert "\n" not in str(caught.value)
 
 
@@ -344,6 +344,14 @@ def test_coarsest_level_that_is_fine_enough(tmp_path: Path, input_mpp: float, le
     assert (tile == 50 * level).all()
 
 
+def test_level_of_an_odd_size_still_serves(tmp_path: Path) -> None:
+    """Levels are rounded: 255 px over 127 is a downsample of 2.008, meant to be 2."""
+    levels = [np.full((255, 255, 3), 0, np.uint8), np.full((127, 127, 3), 50, np.uint8)]
+    with open_slide(write_pyramid(tmp_path / "a.ome.tif", *levels)) as slide:
+        tile = read_whole(slide, Grid((255, 255), (127, 128), stride=2))
+    assert (tile == 50).all()
+
+
 def test_overview_in_steps_equals_one_resize() -> None:
     image = np.random.default_rng(1).integers(0, 256, (9000, 500, 3), dtype=np.uint8)
     overview = read_overview(in_memory(image), 100)
@@ -370,6 +378,20 @@ def test_aperio(data_dir: Path) -> None:
 def test_aperio_without_mpp(data_dir: Path) -> None:
     with open_slide(data_dir / "slides" / "TCGA-CR-7395-01A-01-TS1.svs") as slide:
         assert (slide.mpp, slide.mpp_source) == (None, "no mpp in its metadata")
+
+
+def test_lower_level_is_in_place(data_dir: Path) -> None:
+    path = data_dir / "slides" / "TCGA-CR-7395-01A-01-TS1.svs"
+    with open_slide(path) as slide:
+        region = slide.read_region(1, 1000, 900, 300, 200).astype(float)
+    with tifffile.TiffFile(path) as tif:
+        level = tif.series[0].levels[1].asarray()
+    apart = {
+        (dx, dy): np.abs(region - level[900 + dy : 1100 + dy, 1000 + dx : 1300 + dx]).mean()
+        for dx in (-1, 0, 1)
+        for dy in (-1, 0, 1)
+    }
+    assert min(apart, key=lambda shift: apart[shift]) == (0, 0)
 
 
 @pytest.mark.parametrize(("name", "scale"), [("TCGA-CR-7395-01A-01-TS1.svs", 2.0), ("instanseg_HE_example.tif", 1.9)])

@@ -19,7 +19,7 @@ from PIL import Image
 from nsam.runtime.errors import OutputError
 from nsam.runtime.measure import measure
 from nsam.runtime.pipeline import Strip
-from nsam.runtime.settings import OUTPUTS
+from nsam.runtime.settings import DONE_NAME, OUTPUTS
 from nsam.runtime.slides import ArraySlide
 from nsam.runtime.writers import write_results, write_text
 
@@ -148,6 +148,15 @@ def test_failure_leaves_earlier_results_and_no_parts(
     with pytest.raises(RuntimeError, match="the network failed"):
         write_results(broken(), slide, MPP, tmp_path, tuple(OUTPUTS))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_results_half_moved_are_not_done(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -> None:
+    (tmp_path / DONE_NAME).touch()
+    (tmp_path / "labels.tif" / "in the way").mkdir(parents=True)
+    with pytest.raises(OutputError, match="cannot be written"):
+        write(labels, slide, tmp_path, "csv", "labels")
+    assert not (tmp_path / DONE_NAME).exists()
+    assert not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize("output", OUTPUTS)

@@ -21,6 +21,8 @@ def inner_distance(labels: NDArray[np.int32]) -> NDArray[np.float32]:
         # One pixel of background around the box, so that its edge counts as a border.
         mask = np.pad(labels[box] == value, 1).astype(np.uint8)
         depth = cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+        # OpenCV's root differs in the last bit from run to run; the squares are whole numbers.
+        depth = np.sqrt(np.rint(depth**2))
         inside = mask[1:-1, 1:-1] > 0
         distance[box][inside] = depth[inside] / depth.max()
     return distance

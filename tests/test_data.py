@@ -1,0 +1,102 @@
+"""Reading labelled images, and who lands in which fold."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from nsam.runtime.errors import InputError
+from nsam.train.data import Sample, find_samples, read_labels, read_sample
+from nsam.train.folds import make_folds
+
+
+def make_pair(root: Path, stem: str = "a", size: int = 16) -> None:
+    for name in ("images", "labels"):
+        (root / name).mkdir(exist_ok=True)
+    Image.new("RGB", (size, size)).save(root / "images" / f"{stem}.png")
+    tifffile.imwrite(root / "labels" / f"{stem}.tif", np.eye(16, dtype=np.uint16) * 300)
+
+
+def test_nuinsseg_is_all_there(data_dir: Path) -> None:
+    samples = find_samples(data_dir / "nuinsseg")
+    assert (len(samples), len({s.group for s in samples})) == (665, 31)
+    assert samples[0].name.startswith("human bladder/tissue images/")
+    assert [s.name for s in samples] == sorted(s.name for s in samples)
+    image, labels = read_sample(samples[0])
+    assert image.shape == (512, 512, 3)
+    assert labels.dtype == np.int32
+
+
+def test_pairs_of_folders_and_label_formats(tmp_path: Path) -> None:
+    make_pair(tmp_path, "a")
+    make_pair(tmp_path, "b")
+    np.save(tmp_path / "labels" / "b.npy", np.eye(16, dtype=np.int64) * 70_000)
+    (tmp_path / "labels" / "b.tif").unlink()
+    a, b = find_samples(tmp_path)
+    assert read_sample(a)[1].max() == 300
+    assert read_sample(b)[1].max() == 70_000
+    assert a.mpp == 0.25
+    assert find_samples(tmp_path, mpp=0.5)[0].mpp == 0.5
+
+
+def test_what_does_not_match_is_named(tmp_path: Path) -> None:
+    make_pair(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "lonely.png")
+    with pytest.raises(InputError, match=r"lonely\.png.*no labels `lonely`"):
+        find_samples(tmp_path)
+    (tmp_path / "images" / "lonely.png").rename(tmp_path / "images" / "a.jpg")
+    with pytest.raises(InputError, match="same stem"):
+        find_samples(tmp_path)
+    (tmp_path / "images" / "a.jpg").unlink()
+    (tmp_path / "images" / "a.png").unlink()
+    with pytest.raises(InputError, match=r"a\.tif.*no image `a`"):
+        find_samples(tmp_path)
+
+
+def test_bad_labels_are_named(tmp_path: Path) -> None:
+    make_pair(tmp_path, size=20)
+    with pytest.raises(InputError, match="16 x 16 px, its image 20 x 20"):
+        read_sample(find_samples(tmp_path)[0])
+    for name, content in (("rgb.png", np.zeros((4, 4, 3), np.uint8)), ("float.npy", np.zeros((4, 4)))):
+        path = tmp_path / name
+        np.save(path, content) if name.endswith("npy") else Image.fromarray(content).save(path)
+        with pytest.raises(InputError, match="one plane of integers"):
+            read_labels(path)
+    (tmp_path / "cut.tif").write_bytes(b"II*\0")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_labels(tmp_path / "cut.tif")
+    np.save(tmp_path / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_labels(tmp_path / "pickle.npy")
+
+
+def test_folders_without_images(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        find_samples(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="neither"):
+        find_samples(tmp_path)
+
+
+def samples(count: int = 50) -> list[Sample]:
+    return [Sample(Path(), Path(), f"{i:03}", f"organ{i % 7}", 0.17) for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["official", "organ"])
+def test_folds_are_disjoint_and_each_image_is_tested_once(kind: str) -> None:
+    folds = make_folds(samples(), kind)
+    assert sorted(s.name for fold in folds for s in fold.test) == [s.name for s in samples()]
+    for fold in folds:
+        parts = [{s.name for s in part} for part in (fold.train, fold.validation, fold.test)]
+        assert sum(map(len, parts)) == len(set.union(*parts)) == 50
+        assert all(parts)
+        if kind == "organ":
+            assert not {s.group for s in fold.test} & {s.group for s in fold.train + fold.validation}
+
+
+def test_official_folds_are_the_paper_s() -> None:
+    from sklearn.model_selection import KFold
+
+    wanted = [test.tolist() for _, test in KFold(5, shuffle=True, random_state=19).split(range(665))]
+    assert [[int(s.name) for s in fold.test] for fold in make_folds(samples(665))] == wanted

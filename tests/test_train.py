@@ -1,0 +1,188 @@
+"""The training half: what is trained moves, what is not does not, a kill costs nothing, no test image is used."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from nsam.train.checkpoint import build_model, load_fold
+from nsam.train.cli import main
+from nsam.train.data import find_samples
+from nsam.train.fit import fit
+from nsam.train.folds import Fold
+from nsam.train.settings import NSAM, SEED, Settings
+
+#: A minute's work cut down to seconds; the network keeps its size.
+TINY = replace(
+    NSAM,
+    base="none",
+    tune="full",
+    crop=32,
+    tile=64,
+    tile_halo=8,
+    batch=2,
+    steps=4,
+    validate_every=4,
+    save_every=2,
+    precision="fp32",
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def discs(tmp_path_factory: pytest.TempPathFactory, draw_discs: Callable) -> Path:
+    """A labelled folder pair of ten images of 64 x 64."""
+    root = tmp_path_factory.mktemp("discs")
+    (root / "images").mkdir()
+    (root / "labels").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        centres = [(x + rng.uniform(-3, 3), y + rng.uniform(-3, 3)) for x in (16, 48) for y in (16, 48)]
+        Image.fromarray(draw_discs((64, 64), centres, 9)).save(root / "images" / f"{i}.png")
+        labels = np.zeros((64, 64), np.uint16)
+        for value, centre in enumerate(centres, 1):
+            labels[draw_discs((64, 64), [centre], 9)[..., 0] < 128] = value
+        tifffile.imwrite(root / "labels" / f"{i}.tif", labels)
+    return root
+
+
+@pytest.fixture(scope="session")
+def fold(discs: Path) -> Fold:
+    samples = find_samples(discs)
+    return Fold(samples[:6], samples[6:8], samples[8:])
+
+
+def config(out: Path, settings: Settings) -> Path:
+    """A run's folder with its config, as the command makes it."""
+    from nsam.train.crossval import claim
+
+    claim(out, settings, [], out, resume=False)
+    return out / "fold0"
+
+
+def test_one_fold_leaves_what_the_design_promises(tmp_path: Path, fold: Fold) -> None:
+    out = config(tmp_path, TINY)
+    metrics = fit(TINY, fold, out, device=CPU)
+    assert metrics is not None
+    assert {p.name for p in out.iterdir()} == {"last.pt", "best.safetensors", "history.csv", "metrics.json"}
+    assert metrics["images"] == 2
+    assert metrics["nuclei_true"] == 8
+    model, settings = load_fold(out)
+    assert settings == TINY
+    assert not model.training
+
+
+def test_lora_moves_and_its_base_does_not(tmp_path: Path, fold: Fold) -> None:
+    base_dir = config(tmp_path / "base", TINY)
+    fit(TINY, fold, base_dir, device=CPU)
+    settings = replace(TINY, base=str(base_dir), tune="lora")
+    before = {n: p.detach().clone() for n, p in build_model(settings)[0].named_parameters()}
+    out = config(tmp_path / "lora", settings)
+    fit(settings, fold, out, device=CPU)
+    # `best` may stem from the first validation; the last state is what four steps made.
+    after = torch.load(out / "last.pt", weights_only=True)["model"]
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    lora = {name for name in before if ".parametrizations.weight.0." in name}
+    assert len(lora) == 80
+    assert lora <= moved
+    assert any(name.startswith("mask_decoder.") for name in moved)
+    assert not [name for name in moved if name.startswith("encoder.") and name not in lora]
+    saved = load_fold(out)[0].state_dict()
+    for name in (n for n in before if n.startswith("encoder.") and n not in lora):
+        torch.testing.assert_close(saved[name], before[name], rtol=0, atol=0)
+    buffers = {n: b for n, b in build_model(settings)[0].named_buffers() if "running_" in n}
+    assert all(torch.equal(buffers[name], saved[name]) for name in buffers)
+
+
+def test_the_seed_recipe_trains(tmp_path: Path, fold: Fold) -> None:
+    settings = replace(SEED, base="none", tune="full", crop=32, tile=64, tile_halo=8, steps=2, precision="fp32")
+    metrics = fit(settings, fold, config(tmp_path, settings), device=CPU)
+    assert metrics is not None
+    assert load_fold(tmp_path / "fold0")[0].output.channels == ("nucleus",)
+
+
+def test_test_labels_change_no_weight_and_no_threshold(tmp_path: Path, fold: Fold) -> None:
+    """The same fold with other test images and labels: everything that is kept is the same to the byte."""
+    results = []
+    for name, test in (("a", fold.test), ("b", [replace(fold.train[0], labels=fold.train[1].labels)])):
+        metrics = fit(TINY, replace(fold, test=test), config(tmp_path / name, TINY), device=CPU)
+        assert metrics is not None
+        results.append((metrics["post"], (tmp_path / name / "fold0" / "best.safetensors").read_bytes()))
+    assert results[0] == results[1]
+
+
+def test_a_killed_run_resumes_to_the_same_history(tmp_path: Path, discs: Path) -> None:
+    """SIGKILL after the first checkpoint, then --resume: history and weights equal an undisturbed run's."""
+    options = ["--base", "none", "--tune", "full", "--fold", "0", "--crop", "32", "--batch", "2", "--workers", "0"]
+    options += ["--steps", "250", "--precision", "fp32", "--threads", "1"]
+
+    def command(out: Path, *more: str) -> list[str]:
+        return [sys.executable, "-m", "nsam.train.cli", str(discs), "--out", str(out), *options, *more]
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    with subprocess.Popen(command(killed), env=env, stdout=subprocess.DEVNULL) as process:
+        while not (killed / "fold0" / "last.pt").exists():
+            assert process.poll() is None, "ended before its first checkpoint"
+            time.sleep(0.02)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGKILL)
+    assert not (killed / "fold0" / "metrics.json").exists()
+    subprocess.run(command(killed, "--resume"), env=env, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(whole), env=env, check=True, stdout=subprocess.DEVNULL)
+    for name in ("history.csv", "best.safetensors"):
+        assert (killed / "fold0" / name).read_bytes() == (whole / "fold0" / name).read_bytes()
+    with (whole / "fold0" / "history.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [int(row["step"]) for row in rows] == [50, 100, 150, 200, 250]
+    losses = [float(row["bce"]) + float(row["dice"]) + float(row["distance"]) for row in rows]
+    assert losses[-1] < 0.8 * losses[0], "it does not learn to find dark discs"
+
+
+def test_time_out_saves_and_says_how_to_go_on(tmp_path: Path, fold: Fold) -> None:
+    lines: list[str] = []
+    out = config(tmp_path, TINY)
+    assert fit(TINY, fold, out, device=CPU, deadline=0, say=lines.append) is None
+    assert "--resume" in lines[-1]
+    assert fit(TINY, fold, out, device=CPU, resume=True, say=lines.append) is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fold", "7"], "`--fold` must be all or 0 to 4, is 7"),
+        (["--device", "cuda:99"], "cannot be had"),
+        (["--base", "/nowhere.pt"], "no such base"),
+        (["--crop", "100"], "multiple of 32"),
+    ],
+)
+def test_wrong_use_is_one_line(tmp_path: Path, discs: Path, options: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, [str(discs), "--out", str(tmp_path / "r"), "--base", "none", *options])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_is_not_overwritten_or_mixed(tmp_path: Path, discs: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"settings": {**TINY.__dict__, "channels": ["nucleus"]}, "data": {"sha256": ""}})
+    )
+    for more, message in (([], "holds a run already"), (["--resume"], "give the same options")):
+        result = CliRunner().invoke(main, [str(discs), "--out", str(tmp_path), "--base", "none", *more])
+        assert result.exit_code == 2
+        assert message in result.stderr
