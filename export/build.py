@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nsam.export.graph import add_metadata, describe_graph, export_onnx, simplify, store_weights_fp16
-from nsam.export.merge import merged_copy
+from nsam.export.merge import load_merged
 from nsam.export.parity import Link, as_json, compare, real_tiles
 from nsam.runtime.card import FileEntry, ModelCard, sha256_of
 from nsam.runtime.engines import load
@@ -90,7 +90,7 @@ def _build_in(
     out.mkdir()
     tiles = real_tiles(samples, card, settings.tiles)
     cpu = torch.device("cpu")
-    merged = merged_copy(model)
+    merged = load_merged(settings.fold_dir)
     chain: list[tuple[str, Any]] = [
         ("torch", TorchEngine(model, card, cpu)),
         ("merged", TorchEngine(merged, card, cpu)),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import copy
+from pathlib import Path
 
+from nsam.train.checkpoint import load_fold
 from nsam.train.lora import has_lora, merge_lora
 from nsam.train.model import NucleusNet
 
 
-def merged_copy(model: NucleusNet) -> NucleusNet:
-    """A copy in eval mode with LoRA folded into the weights; `model` keeps its own.
+def load_merged(fold_dir: Path) -> NucleusNet:
+    """A fold's network in eval mode with LoRA folded into the weights; a fully tuned one is as it is.
 
-    A fully tuned network has no LoRA and is copied as it is.
+    Loaded anew: a deep copy of a network with parametrised layers shares their classes with it, so merging the
+    copy would break the original.
+
+    Raises:
+        ModelError: as `load_fold`.
     """
-    merged = copy.deepcopy(model)
-    if has_lora(merged):
-        merge_lora(merged)
-    # Entering train mode first makes TinyViT forget attention biases that it looked up before.
-    return merged.train().eval()
+    model, _ = load_fold(fold_dir)
+    if has_lora(model):
+        merge_lora(model)
+    return model

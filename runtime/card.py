@@ -122,7 +122,8 @@ class ModelCard:
         if not isinstance(files, dict):
             raise ModelError(f"`{source}`: card field `files` must be an object")
         data["files"] = {name: _build(FileEntry, entry, f"files.{name}.", source) for name, entry in files.items()}
-        return _build(cls, data, "", source)
+        card: ModelCard = _build(cls, data, "", source)
+        return card
 
     @classmethod
     def read(cls, model_dir: Path) -> ModelCard:

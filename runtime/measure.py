@@ -31,7 +31,9 @@ class Nucleus:
         return replace(self, id=new_id)
 
     def ring_xy(self) -> NDArray[np.int32]:
-        """Closed exterior ring (N, 2) int32 along pixel borders, level-0 px, clockwise on screen.
+        """Closed exterior ring (N, 2) int32 along pixel borders, level-0 px.
+
+        Clockwise on screen, which by the numbers is RFC 7946's counterclockwise.
 
         The ring encloses exactly the nucleus's pixels (holes apart), so rasterising it gives them back.
         """
@@ -43,6 +45,7 @@ class Nucleus:
         ring = ring[np.any(ring != np.roll(ring, 1, axis=0), axis=1)]
         arriving, leaving = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
         ring = ring[np.any(arriving != leaving, axis=1)] + np.asarray(self.bbox_xywh[:2])
+        ring = ring[::-1]  # OpenCV goes the other way round
         return np.concatenate([ring, ring[:1]]).astype(np.int32)
 
 

@@ -139,8 +139,8 @@ def _ratio(numerator: float, denominator: float) -> float:
 def _best_of_each(t: NDArray[np.intp], iou: NDArray[np.float64]) -> NDArray[np.intp]:
     """For each true nucleus that is touched, the pair of highest IoU."""
     order = np.lexsort((-iou, t))
-    first = np.r_[True, np.diff(t[order]) != 0][: order.size]
-    return order[first]
+    chosen: NDArray[np.intp] = order[np.r_[True, np.diff(t[order]) != 0][: order.size]]
+    return chosen
 
 
 def _one_to_one(t: NDArray[np.intp], p: NDArray[np.intp], iou: NDArray[np.float64]) -> NDArray[np.intp]:

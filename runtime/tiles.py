@@ -138,9 +138,7 @@ def map_span(start: int, end: int, per_level0: float, length: int) -> tuple[int,
     return max(a, 0), min(max(b, 1), length)
 
 
-def interpolate(
-    maps: NDArray[np.float32], origin_xy: tuple[int, int], box: Box, grid: Grid
-) -> NDArray[np.float32]:
+def interpolate(maps: NDArray[np.float32], origin_xy: tuple[int, int], box: Box, grid: Grid) -> NDArray[np.float32]:
     """Maps at the centres of the level-0 px of `box`, bilinear, from map px.
 
     Positions come from the slide's own grid and each weight from its position alone, so a pixel has the same

@@ -44,7 +44,8 @@ def separate(
     seeds = _components((distance > post.seed_threshold) & mask)
     # Flooding in 1/1000 steps: integer levels make ties, and so the result, independent of the block's origin.
     level = np.clip(-distance * 1000, -32767, 32767).astype(np.int16)
-    labels: NDArray[np.int32] = watershed(level, seeds, mask=mask).astype(np.int32, copy=False)
+    flooded: Any = watershed(level, seeds, mask=mask)  # type: ignore[no-untyped-call]
+    labels: NDArray[np.int32] = flooded.astype(np.int32, copy=False)
     return _without_small(labels, post.min_area_um2 / mpp**2), probability
 
 
@@ -59,7 +60,9 @@ def _relative_depth(mask: NDArray[np.bool_], mpp: float) -> NDArray[np.float32]:
     depth = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
     reach = 2 * max(1, round(3 / mpp)) + 1
     widest = cv2.dilate(depth, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach)))
-    result: NDArray[np.float32] = cv2.GaussianBlur(depth / np.maximum(widest, 1), (0, 0), max(0.5, 0.3 / mpp))
+    relative = (depth / np.maximum(widest, 1)).astype(np.float32)
+    smooth: Any = cv2.GaussianBlur(relative, (0, 0), max(0.5, 0.3 / mpp))
+    result: NDArray[np.float32] = smooth
     return result
 
 

@@ -50,7 +50,7 @@ def test_origin_moves_every_coordinate_and_nothing_else() -> None:
     for a, b in zip(measure(labels, probability, (0, 0), 1), measure(labels, probability, (1000, 70), 1), strict=True):
         assert b.centroid_xy == (pytest.approx(a.centroid_xy[0] + 1000), pytest.approx(a.centroid_xy[1] + 70))
         assert b.first_yx == (a.first_yx[0] + 70, a.first_yx[1] + 1000)
-        np.testing.assert_array_equal(b.ring_xy(), a.ring_xy() + [1000, 70])
+        np.testing.assert_array_equal(b.ring_xy(), a.ring_xy() + np.array([1000, 70]))
         assert b.area_px == a.area_px
 
 
@@ -66,6 +66,7 @@ def test_ring_encloses_exactly_the_nucleus() -> None:
         if pieces != 1 or holes:
             continue
         assert shapely.Polygon(ring).area == nucleus.area_px
+        assert shapely.Polygon(ring).exterior.is_ccw
         checked += 1
     assert checked > 5
 

@@ -25,9 +25,7 @@ def write_summary(run: Path) -> None:
     for kind, meaning in (("mean", "mean of the images"), ("pooled", "all images of a fold pooled")):
         lines += ["", f"## Test metrics, {meaning}", "", _row("fold", "images", *TITLES.values())]
         lines.append(_row(*["---"] * (len(TITLES) + 2)))
-        lines += [
-            _row(name, m["images"], *(f"{m[kind][metric]:.4f}" for metric in NAMES)) for name, m in folds.items()
-        ]
+        lines += [_row(name, m["images"], *(f"{m[kind][metric]:.4f}" for metric in NAMES)) for name, m in folds.items()]
         if len(folds) > 1:
             table = np.array([[m[kind][metric] for metric in NAMES] for m in folds.values()])
             spread = zip(table.mean(axis=0), table.std(axis=0, ddof=1), strict=True)

@@ -1,0 +1,169 @@
+"""Train a few steps with LoRA -> export -> infer: ONNX equals PyTorch, and the command repeats training's figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import tifffile
+import torch
+from click.testing import CliRunner
+
+from nsam.export import build as export_build
+from nsam.export import graph
+from nsam.export.cli import main as export_main
+from nsam.runtime.card import ModelCard
+from nsam.runtime.cli import main as infer_main
+from nsam.runtime.engines import load
+from nsam.runtime.metrics import mean_and_pooled, score
+from nsam.train.checkpoint import load_fold
+from nsam.train.cli import main as train_main
+from nsam.train.data import find_samples
+from nsam.train.evaluate import TorchEngine, draft_card
+
+OPTIONS = ["--crop", "64", "--batch", "2", "--workers", "0", "--fold", "0", "--precision", "fp32", "--mpp", "0.25"]
+
+
+@pytest.fixture(scope="module")
+def small_data(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten real images, cut to 192 px, as a folder pair."""
+    root = tmp_path_factory.mktemp("small")
+    for name in ("images", "labels"):
+        (root / name).mkdir()
+    from nsam.train.data import read_sample
+
+    for i, sample in enumerate(find_samples(data_dir / "tnbc")[::5]):
+        image, labels = read_sample(sample)
+        tifffile.imwrite(root / "images" / f"{i}.tif", image[:192, :192], photometric="rgb")
+        tifffile.imwrite(root / "labels" / f"{i}.tif", labels[:192, :192].astype(np.uint16))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA on the base that a few steps from nothing made."""
+    root = tmp_path_factory.mktemp("runs")
+    base = ["--base", "none", "--tune", "full", "--steps", "60"]
+    for out, more in ((root / "base", base), (root / "lora", ["--base", str(root / "base" / "fold0"), "--steps", "3"])):
+        result = CliRunner().invoke(train_main, [str(small_data), "--out", str(out), *OPTIONS, *more])
+        assert result.exit_code == 0, result.output
+    return root / "lora"
+
+
+@pytest.fixture(scope="module")
+def model_dir(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "m"
+    result = CliRunner().invoke(export_main, [str(run / "fold0"), "--out", str(out), "--tiles", "5"])
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_the_chain_is_proven_and_written_down(model_dir: Path) -> None:
+    proof = json.loads((model_dir / "parity.json").read_text())
+    assert [(link["before"], link["after"]) for link in proof["links"]] == [
+        ("torch", "merged"),
+        ("merged", "onnx"),
+        ("onnx", "simplified"),
+    ]
+    assert proof["passed"]
+    assert all(link["max"] <= 1e-4 for link in proof["links"])
+    assert proof["links"][0]["max"] > 0, "LoRA with B = 0 would prove nothing"
+    card = ModelCard.read(model_dir)
+    assert card.training["held_out"]["images"] == 2
+    assert card.post.min_area_um2 > 0
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_onnx_equals_pytorch_on_odd_inputs_too(run: Path, model_dir: Path, batch: int) -> None:
+    model, settings = load_fold(run / "fold0")
+    torch_engine = TorchEngine(model, draft_card(settings), torch.device("cpu"))
+    onnx_engine = load(model_dir, device="cpu")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, 448, 448, 3), np.uint8)
+    images[0] = 255
+    images[-1] = 0 if batch > 1 else 255
+    np.testing.assert_allclose(onnx_engine.run(images), torch_engine.run(images), atol=2e-4)
+
+
+def test_the_graph_is_plain(model_dir: Path) -> None:
+    graph.check_graph(model_dir / "model.onnx")
+    model = onnx.load(model_dir / "model.onnx")
+    assert [i.name for i in model.graph.input] == ["image"]
+    assert [o.name for o in model.graph.output] == ["maps"]
+    unused = ("iou_prediction_head", "prompt_encoder.mask_downscaling", "vit.head.fc")
+    assert not [t.name for t in model.graph.initializer if any(part in t.name for part in unused)]
+
+
+def test_infer_repeats_training_s_test_figures(small_data: Path, run: Path, model_dir: Path, tmp_path: Path) -> None:
+    trained = json.loads((run / "fold0" / "metrics.json").read_text())
+    with (run / "folds.csv").open(newline="") as stream:
+        names = [r["image"] for r in csv.DictReader(stream) if (r["fold"], r["part"]) == ("0", "test")]
+    samples = [s for s in find_samples(small_data) if s.name in names]
+    inputs = [str(s.image) for s in samples]
+    options = ["--out", str(tmp_path), "--model", str(model_dir), "--mpp", "0.25", "--device", "cpu"]
+    result = CliRunner().invoke(infer_main, [*inputs, *options])
+    assert result.exit_code == 0, result.output
+    scores = []
+    for sample in samples:
+        truth = tifffile.imread(sample.labels).astype(np.int32)
+        scores.append(score(truth, tifffile.imread(tmp_path / sample.image.stem / "labels.tif")))
+    mean = mean_and_pooled(scores)[0]
+    for name in ("dice", "aji", "pq"):
+        assert mean[name] == pytest.approx(trained["mean"][name], abs=0.002)
+
+
+def test_weights_stored_as_fp16_halve_the_file(model_dir: Path, tmp_path: Path) -> None:
+    graph.store_weights_fp16(model_dir / "model.onnx", tmp_path / "half.onnx")
+    whole, half = (graph.describe_graph(p) for p in (model_dir / "model.onnx", tmp_path / "half.onnx"))
+    assert half["megabytes"] < 0.55 * whole["megabytes"]
+    assert half["parameters"] == whole["parameters"]
+
+
+def test_a_crash_of_onnxsim_keeps_the_unsimplified_graph(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "_SIMPLIFY", "import os; os.abort()")
+    lines: list[str] = []
+    settings = export_build.Settings(run / "fold0", tmp_path / "m", tiles=2)
+    export_build.build(settings, lines.append)
+    assert any("warning: onnxsim ended with -6" in line for line in lines)
+    assert [link["after"] for link in json.loads((tmp_path / "m" / "parity.json").read_text())["links"]] == [
+        "merged",
+        "onnx",
+    ]
+    assert load(tmp_path / "m", device="cpu").card.name == "nsam"
+
+
+def test_a_link_that_fails_leaves_no_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_merged = export_build.load_merged
+
+    def wrong(fold_dir: Path) -> torch.nn.Module:
+        merged = load_merged(fold_dir)
+        with torch.no_grad():
+            merged.encoder.vit.stages[1].blocks[0].mlp.fc1.weight.mul_(1.01)
+        return merged
+
+    monkeypatch.setattr(export_build, "load_merged", wrong)
+    result = CliRunner().invoke(export_main, [str(run / "fold0"), "--out", str(tmp_path / "m"), "--tiles", "2"])
+    assert result.exit_code == 1
+    assert "parity `torch -> merged`" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_one_line(run: Path, model_dir: Path, small_data: Path, tmp_path: Path) -> None:
+    def fails(*arguments: str) -> str:
+        result = CliRunner().invoke(export_main, list(arguments))
+        assert result.exit_code == 1
+        assert len(result.stderr.strip().splitlines()) == 1
+        return result.stderr
+
+    fold = str(run / "fold0")
+    assert "exists; pass --overwrite" in fails(fold, "--out", str(model_dir))
+    assert "missing; name a fold" in fails(str(tmp_path), "--out", str(tmp_path / "m"))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    assert "no images in it" in fails(fold, "--out", str(tmp_path / "m"), "--data", str(tmp_path))
