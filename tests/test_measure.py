@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pytest
+import shapely
 from skimage.measure import regionprops_table
 
 from nsam.runtime.measure import measure
@@ -55,7 +56,6 @@ def test_origin_moves_every_coordinate_and_nothing_else() -> None:
 
 
 def test_ring_encloses_exactly_the_nucleus() -> None:
-    shapely = pytest.importorskip("shapely", reason="shapely is not installed")
     labels, checked = ellipses(2), 0
     for nucleus in measure(labels, np.ones(labels.shape, np.float32), (0, 0), 1):
         ring = nucleus.ring_xy()
