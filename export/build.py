@@ -40,6 +40,7 @@ class Settings:
     version: str = "0.1.0"
     licence: str = "Apache-2.0"
     attribution: str = ""  # whose data it was trained on, and under which licence
+    limits: str = ""  # what the model is not for, and where it was never tried
     store: str = "fp32"  # fp16 halves the file; arithmetic stays fp32
     tiles: int = 8  # real tiles on which the maps are compared
     overwrite: bool = False
@@ -181,6 +182,7 @@ def _training(settings: Settings, metrics: dict[str, Any]) -> dict[str, Any]:
     chosen = ("recipe", "base", "tune", "epochs", "batch", "crop", "seed", "folds")
     return {
         "data": settings.attribution,
+        "limits": settings.limits,
         "data_sha256": config["data"]["sha256"],
         "commit": config["commit"],
         "settings": {name: config["settings"][name] for name in chosen},
