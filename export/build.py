@@ -37,7 +37,7 @@ class Settings:
     data: Path | None = None  # labelled images for the proof; None: where the run trained
     data_mpp: float | None = None  # µm/px of those images, when the run was given it
     name: str = "nsam"
-    version: str = "0.1.0"
+    model_version: str = "0.1.0"
     licence: str = "Apache-2.0"
     attribution: str = ""  # whose data it was trained on, and under which licence
     limits: str = ""  # what the model is not for, and where it was never tried
@@ -62,7 +62,7 @@ def build(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
     card = replace(
         draft_card(trained, read_post(settings.fold_dir)),
         name=settings.name,
-        version=settings.version,
+        version=settings.model_version,
         licence=settings.licence,
         training=_training(settings, metrics),
         tool_versions={package: version(package) for package in PACKAGES},

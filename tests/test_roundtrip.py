@@ -57,7 +57,9 @@ def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model_dir(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "m"
-    result = CliRunner().invoke(export_main, [str(run / "fold0"), "--out", str(out), "--tiles", "5"])
+    result = CliRunner().invoke(
+        export_main, [str(run / "fold0"), "--out", str(out), "--tiles", "5", "--model-version", "3.1"]
+    )
     assert result.exit_code == 0, result.output
     return out
 
@@ -73,6 +75,7 @@ def test_the_chain_is_proven_and_written_down(model_dir: Path) -> None:
     assert all(link["max"] <= 1e-4 for link in proof["links"])
     assert proof["links"][0]["max"] > 0, "LoRA with B = 0 would prove nothing"
     card = ModelCard.read(model_dir)
+    assert card.version == "3.1"
     assert card.training["held_out"]["images"] == 2
     assert card.post.min_area_um2 > 0
 

@@ -1,0 +1,52 @@
+"""The model that ships: real, attributed, small enough, and it finds nuclei in tissue that it never saw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import nsam.runtime
+from nsam.runtime.card import ModelCard
+from nsam.runtime.metrics import mean_and_pooled, score
+from nsam.train.data import find_samples, read_sample
+
+MODEL = Path(nsam.runtime.__file__).parent / "default_model"
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "ihc.png"
+
+
+def test_card_and_proof_are_complete() -> None:
+    card = ModelCard.read(MODEL)
+    card.verify_file(MODEL, "model.onnx")
+    assert "CC BY 4.0" in card.training["data"]
+    assert card.training["held_out"]["images"] == 133
+    assert card.input.mpp == 0.25
+    proof = json.loads((MODEL / "parity.json").read_text())
+    assert proof["passed"]
+    assert (MODEL / "model.onnx").stat().st_size < 25e6
+
+
+def test_it_finds_the_nuclei_of_the_example() -> None:
+    labels = nsam.runtime.segment(np.asarray(Image.open(EXAMPLE)), mpp=0.25)
+    areas = np.bincount(labels.ravel())[1:]
+    assert 60 < areas.size < 400
+    assert 5 < np.median(areas) * 0.25**2 < 80  # µm²
+
+
+def test_blank_glass_has_no_nuclei() -> None:
+    for grey in (255, 240):
+        assert nsam.runtime.segment(np.full((500, 700, 3), grey, np.uint8)).max() == 0
+
+
+@pytest.mark.parametrize(("source", "least"), [("tnbc", 0.5), ("dsb2018_he", 0.4)])
+def test_it_holds_on_other_laboratories(data_dir: Path, source: str, least: float) -> None:
+    """Neither source was trained on; ten images of each, pooled Dice."""
+    samples = find_samples(data_dir / source)
+    scores = []
+    for sample in samples[:: len(samples) // 10][:10]:
+        image, truth = read_sample(sample)
+        scores.append(score(truth, nsam.runtime.segment(image, mpp=sample.mpp)))
+    assert mean_and_pooled(scores)[1]["dice"] > least
