@@ -30,10 +30,10 @@ def test_card_and_proof_are_complete() -> None:
 
 
 def test_it_finds_the_nuclei_of_the_example() -> None:
-    labels = nsam.runtime.segment(np.asarray(Image.open(EXAMPLE)), mpp=0.25)
+    labels = nsam.runtime.segment(np.asarray(Image.open(EXAMPLE)), mpp=0.5)
     areas = np.bincount(labels.ravel())[1:]
-    assert 60 < areas.size < 400
-    assert 5 < np.median(areas) * 0.25**2 < 80  # µm²
+    assert 150 < areas.size < 300
+    assert 5 < np.median(areas) * 0.5**2 < 80  # µm²
 
 
 def test_blank_glass_has_no_nuclei() -> None:
@@ -41,7 +41,7 @@ def test_blank_glass_has_no_nuclei() -> None:
         assert nsam.runtime.segment(np.full((500, 700, 3), grey, np.uint8)).max() == 0
 
 
-@pytest.mark.parametrize(("source", "least"), [("tnbc", 0.5), ("dsb2018_he", 0.4)])
+@pytest.mark.parametrize(("source", "least"), [("tnbc", 0.6), ("dsb2018_he", 0.75)])
 def test_it_holds_on_other_laboratories(data_dir: Path, source: str, least: float) -> None:
     """Neither source was trained on; ten images of each, pooled Dice."""
     samples = find_samples(data_dir / source)
