@@ -19,22 +19,25 @@ _OD_TO_STAIN = np.linalg.inv(_STAIN_TO_OD).astype(np.float32)
 
 def random_view(
     image: NDArray[np.uint8],
-    labels: NDArray[np.int32],
+    targets: NDArray[np.uint8],
     size: int,
+    stride: int,
     scale: float,
     rng: np.random.Generator,
     turn: bool = True,
-) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """A crop of `size` px around a random point, turned, mirrored and scaled in one resampling.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        labels: (H, W) int32.
+        targets: (H, W, C) uint8. A distance over the largest one in its nucleus keeps its value under all of this.
         size: side of the crop.
+        stride: crop px for one px of the targets.
         scale: crop px for one image px.
         turn: whether to turn and mirror.
 
-    Beyond the image's edge both are mirrored.
+    Returns:
+        (size, size, 3) and (size / stride, size / stride, C), uint8. Beyond the image's edge both are mirrored.
     """
     angle = rng.uniform(0, 2 * math.pi) if turn else 0.0
     flip = -1 if turn and rng.random() < 0.5 else 1
@@ -50,15 +53,11 @@ def random_view(
     view = cv2.warpAffine(
         image, matrix, (size, size), flags=flags | cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
     )
-    # OpenCV warps no int32; float64 holds every label exactly.
     moved = cv2.warpAffine(
-        labels.astype(np.float64),
-        matrix,
-        (size, size),
-        flags=flags | cv2.INTER_NEAREST,
-        borderMode=cv2.BORDER_REFLECT_101,
+        targets, matrix, (size, size), flags=flags | cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
     )
-    return view, moved.astype(np.int32)
+    moved = cv2.resize(moved, (size // stride, size // stride), interpolation=cv2.INTER_AREA)
+    return view, moved.reshape(size // stride, size // stride, -1)
 
 
 def random_scale(rng: np.random.Generator, low: float, high: float) -> float:

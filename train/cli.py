@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ log = logging.getLogger("nsam")
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="nsam")
 @click.argument("data", type=click.Path(path_type=Path))
+@click.option(
+    "--extra",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A folder of another source, whose images help to train every fold and are never tested. Repeatable.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 @click.option("--recipe", type=click.Choice(["nsam", "seed"]), default="nsam", help="`seed` is the original study's.")
 @click.option("--fold", default="all", help="Fold to train, 0 to 4, or all.")
@@ -76,6 +83,7 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     from nsam.train.data import find_samples
     from nsam.train.folds import FOLDS
     from nsam.train.model import parameter_table
+    from nsam.train.parallel import join
     from nsam.train.settings import RECIPES, Settings
 
     known = {field.name for field in fields(Settings)}
@@ -85,17 +93,27 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     device = pick_device(options["device"])
     if options["threads"]:
         torch.set_num_threads(options["threads"])
+    group = join(device)
+    if not group.leads:
+        log.setLevel(logging.WARNING)
     samples = find_samples(data, options["data_mpp"])
+    extra = [sample for folder in options["extra"] for sample in find_samples(folder)]
     log.info("%d images in %d groups, device %s", len(samples), len({s.group for s in samples}), device)
+    if extra:
+        log.info("%d images of other sources", len(extra))
+    if settings.batch % group.size:
+        raise ValueError(f"`--batch` must be a multiple of the {group.size} processes, is {settings.batch}")
     for part, count, trainable in parameter_table(build_model(settings)[0]):
         log.info("%-26s %12s parameters %12s trainable", part, f"{count:,}", f"{trainable:,}")
     cross_validate(
         settings,
         samples,
+        extra,
         data,
         out,
         which,
         device=device,
+        group=group,
         workers=options["workers"],
         max_minutes=options["max_minutes"],
         resume=options["resume"],
@@ -127,7 +145,8 @@ def pick_device(name: str) -> Any:
     from nsam.runtime.errors import DeviceError
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # torchrun numbers the processes of a machine; each takes its own GPU.
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -19,6 +19,7 @@ from nsam.train.checkpoint import read_settings
 from nsam.train.data import Sample, hash_samples
 from nsam.train.fit import fit
 from nsam.train.folds import make_folds, write_folds
+from nsam.train.parallel import ALONE, Group
 from nsam.train.report import plot_history, write_summary
 from nsam.train.settings import Settings
 
@@ -28,25 +29,30 @@ PACKAGES = ("nsam", "torch", "timm", "segment-anything", "numpy", "opencv-python
 def cross_validate(
     settings: Settings,
     samples: list[Sample],
+    extra: list[Sample],
     data: Path,
     out: Path,
     which: list[int],
     *,
     device: torch.device,
+    group: Group = ALONE,
     workers: int = 0,
     max_minutes: float | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> bool:
-    """Train and score the folds `which` into `out`; returns whether all of them are finished.
+    """Train and score the folds `which` of `samples` into `out`; returns whether all of them are finished.
+
+    Images of `extra` sources help to train and to choose thresholds in every fold; none is tested.
 
     Raises:
         OutputError: `out` holds another run, or holds this one and `resume` was not asked for.
     """
     deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
-    folds = make_folds(samples, settings.folds, settings.validation_share)
-    claim(out, settings, samples, data, resume)
-    write_folds(folds, out / "folds.csv")
+    folds = make_folds(samples, settings.folds, settings.validation_share, extra)
+    if group.leads:
+        claim(out, settings, [*samples, *extra], data, resume)
+        write_folds(folds, out / "folds.csv")
     finished = True
     for k in which:
         fold_dir = out / f"fold{k}"
@@ -60,6 +66,7 @@ def cross_validate(
             fold,
             fold_dir,
             device=device,
+            group=group,
             workers=workers,
             deadline=deadline,
             resume=resume,
@@ -68,9 +75,12 @@ def cross_validate(
         if metrics is None:
             finished = False
             break
+        if not group.leads:
+            continue
         plot_history(fold_dir / "history.csv", fold_dir / "history.png")
         say(f"fold {k}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics["mean"].items()))
-    write_summary(out)
+    if group.leads:
+        write_summary(out)
     return finished
 
 

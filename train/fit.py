@@ -22,6 +22,7 @@ from nsam.train.evaluate import TorchEngine, choose_post, draft_card, report, sc
 from nsam.train.folds import Fold
 from nsam.train.losses import map_losses, total
 from nsam.train.optim import Ema, make_optimiser, make_schedule
+from nsam.train.parallel import ALONE, Group
 from nsam.train.settings import Settings
 from nsam.train.views import Views, batches
 
@@ -34,6 +35,7 @@ def fit(
     out: Path,
     *,
     device: torch.device,
+    group: Group = ALONE,
     workers: int = 0,
     deadline: float = math.inf,
     resume: bool = False,
@@ -46,13 +48,14 @@ def fit(
         fold: disjoint train, validation and test samples.
         out: the fold's folder: `last.pt`, `best.safetensors`, `history.csv`, `metrics.json` are written into it.
         device: where to train.
+        group: the processes that share the work; all call `fit` alike.
         workers: processes that make views.
         deadline: `time.monotonic()` at which training stops with a checkpoint.
         resume: go on from `last.pt` if it is there.
         say: takes lines of progress.
 
     Returns:
-        What `metrics.json` holds, or None when the deadline came first.
+        What `metrics.json` holds, or None when the deadline came first; nothing where another process leads.
     """
     out.mkdir(parents=True, exist_ok=True)
     model, base_hash = checkpoint.build_model(settings)
@@ -79,14 +82,15 @@ def fit(
         say(f"resumed at step {step} of {steps}")
 
     views = Views(fold.train, settings, steps * settings.batch)
-    stream = batches(views, settings.batch, step, workers)
+    stream = batches(views, settings.batch, step, workers, group)
+    network = group.spread(model)
     sums: dict[str, float] = defaultdict(float)
     began, first = time.monotonic(), step
     while step < steps:
         images, targets = (part.to(device, non_blocking=True) for part in next(stream))
         train_mode(model, settings)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            maps = model(images)
+            maps = network(images)
         terms = map_losses(maps, targets, settings.channels, settings.dice)
         optimiser.zero_grad(set_to_none=True)
         scaler.scale(total(terms)).backward()
@@ -110,7 +114,7 @@ def fit(
                 f"{(steps - step) / rate / 60:.0f} min left"
             )
             sums.clear()
-        if step % settings.validate_every == 0 or step == steps:
+        if group.leads and (step % settings.validate_every == 0 or step == steps):
             with ema.applied(model):
                 reached = validate(fold, engine)
                 if reached > best:
@@ -121,7 +125,9 @@ def fit(
             if history:
                 history[-1]["validation"] = reached
             say(f"step {step}/{steps}, validation (AJI + PQ) / 2 {reached:.3f}, best {best:.3f}")
-        if step % settings.save_every == 0 or step == steps:
+        if step % settings.save_every and step < steps:
+            continue
+        if group.leads:
             state = {
                 "model": model.state_dict(),
                 "optimiser": optimiser.state_dict(),
@@ -136,9 +142,11 @@ def fit(
             torch.save(state, last.with_suffix(".part"))
             last.with_suffix(".part").replace(last)
             write_history(history, out / "history.csv")
-            if time.monotonic() > deadline and step < steps:
-                say(f"time is up at step {step} of {steps}; --resume goes on from there")
-                return None
+        if group.agrees(time.monotonic() > deadline) and step < steps:
+            say(f"time is up at step {step} of {steps}; --resume goes on from there")
+            return None
+    if not group.leads:
+        return {}
     return finish(fold, out, device, (time.monotonic() - began) / 60, step, say)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,9 @@ class Fold:
     test: list[Sample]  # looked at once, at the end
 
 
-def make_folds(samples: list[Sample], kind: str = "official", validation_share: float = 0.1) -> list[Fold]:
+def make_folds(
+    samples: list[Sample], kind: str = "official", validation_share: float = 0.1, extra: Sequence[Sample] = ()
+) -> list[Fold]:
     """Five folds.
 
     Args:
@@ -32,6 +35,7 @@ def make_folds(samples: list[Sample], kind: str = "official", validation_share: 
         kind: `official` is KFold(5, shuffle=True, random_state=19), the split of the NuInsSeg paper (Mahbod et al.
             2024); `organ` keeps an organ's images together, to see tissue that training never saw.
         validation_share: part of the training images set aside, at least one.
+        extra: images of other sources; they are split likewise and join training and validation, never a test part.
 
     Raises:
         ValueError: fewer samples or groups than folds, or an unknown kind.
@@ -45,11 +49,18 @@ def make_folds(samples: list[Sample], kind: str = "official", validation_share: 
         raise ValueError(f"`kind` must be official or organ, is {kind}")
     folds = []
     for k, (rest, test) in enumerate(splits):
-        shuffled = np.random.default_rng(k).permutation(rest)
-        size = max(1, round(validation_share * len(rest)))
-        validation, train = np.sort(shuffled[:size]), np.sort(shuffled[size:])
-        folds.append(Fold(*([samples[i] for i in part] for part in (train, validation, test))))
+        train, validation = _set_aside([samples[i] for i in rest], validation_share, k)
+        if extra:
+            more_train, more_validation = _set_aside(list(extra), validation_share, k)
+            train, validation = train + more_train, validation + more_validation
+        folds.append(Fold(train, validation, [samples[i] for i in test]))
     return folds
+
+
+def _set_aside(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    shuffled = np.random.default_rng(seed).permutation(len(samples))
+    size = max(1, round(share * len(samples)))
+    return [samples[i] for i in np.sort(shuffled[size:])], [samples[i] for i in np.sort(shuffled[:size])]
 
 
 def write_folds(folds: list[Fold], path: Path) -> None:
