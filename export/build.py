@@ -17,13 +17,12 @@ import torch
 from nsam.export.graph import add_metadata, describe_graph, export_onnx, simplify, store_weights_fp16
 from nsam.export.merge import load_merged
 from nsam.export.parity import Link, as_json, compare, real_tiles
-from nsam.runtime.card import FileEntry, ModelCard, sha256_of
+from nsam.runtime.card import FileEntry, ModelCard, PostSpec, sha256_of
 from nsam.runtime.engines import load
 from nsam.runtime.errors import InputError, ModelError, OutputError
 from nsam.train.checkpoint import load_fold
-from nsam.train.data import Sample, find_samples
+from nsam.train.data import Sample, find_extra, find_samples
 from nsam.train.evaluate import TorchEngine, draft_card
-from nsam.train.fit import read_post
 
 PACKAGES = ("nsam", "torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 
@@ -34,7 +33,7 @@ class Settings:
 
     fold_dir: Path
     out: Path
-    data: Path | None = None  # labelled images for the proof; None: where the run trained
+    data: tuple[Path, ...] = ()  # the run's data, then its --extra in their order; empty: where the run found them
     data_mpp: float | None = None  # µm/px of those images, when the run was given it
     name: str = "nsam"
     model_version: str = "0.1.0"
@@ -60,7 +59,7 @@ def build(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
     metrics = _finished_metrics(settings.fold_dir)
     samples = validation_samples(settings)
     card = replace(
-        draft_card(trained, read_post(settings.fold_dir)),
+        draft_card(trained, PostSpec(**metrics["post"])),
         name=settings.name,
         version=settings.model_version,
         licence=settings.licence,
@@ -92,10 +91,7 @@ def _build_in(
     tiles = real_tiles(samples, card, settings.tiles)
     cpu = torch.device("cpu")
     merged = load_merged(settings.fold_dir)
-    chain: list[tuple[str, Any]] = [
-        ("torch", TorchEngine(model, card, cpu)),
-        ("merged", TorchEngine(merged, card, cpu)),
-    ]
+    chain: list[tuple[str, Any]] = [("torch", TorchEngine(model, card, cpu))]
     links: list[Link] = []
 
     def prove(name: str, engine: Any, by_task: bool = False) -> None:
@@ -109,8 +105,7 @@ def _build_in(
             raise ModelError(f"parity `{link.before} -> {link.after}`: {shown}, must be at most {link.gate:g}")
         chain.append((name, engine))
 
-    merged_engine = chain.pop()
-    prove(*merged_engine)
+    prove("merged", TorchEngine(merged, card, cpu))
     say(f"exporting {card.input.size} px tiles")
     plain = scratch / "onnx.onnx"
     export_onnx(merged, card.input.size, plain)
@@ -157,15 +152,17 @@ def validation_samples(settings: Settings) -> list[Sample]:
     Raises:
         InputError: they are not below the data folder.
     """
-    run, fold = settings.fold_dir.parent, settings.fold_dir.name.removeprefix("fold")
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    root = settings.data or Path(config["data"]["root"])
-    found = {sample.name: sample for sample in find_samples(root, settings.data_mpp)}
+    run, fold = settings.fold_dir.parent, settings.fold_dir.name
+    root, *extra = settings.data or [Path(source) for source in _config(settings)["data"]["sources"]]
+    samples = [*find_samples(root, settings.data_mpp), *(sample for source in extra for sample in find_extra(source))]
+    found = {sample.name: sample for sample in samples}
     with (run / "folds.csv").open(newline="", encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if row["fold"] == fold and row["part"] == "validation"]
     missing = [row["image"] for row in rows if row["image"] not in found]
     if missing or not rows:
-        raise InputError(f"`{root}`: not the data of this run ({missing[:1] or 'no images'}); pass --data")
+        raise InputError(
+            f"`{root}`: not the data of this run ({missing[:1] or 'no images'}); pass --data, once for each source"
+        )
     return [found[row["image"]] for row in rows]
 
 
@@ -177,8 +174,13 @@ def _finished_metrics(fold_dir: Path) -> dict[str, Any]:
     return metrics
 
 
+def _config(settings: Settings) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((settings.fold_dir.parent / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
 def _training(settings: Settings, metrics: dict[str, Any]) -> dict[str, Any]:
-    config = json.loads((settings.fold_dir.parent / "config.json").read_text(encoding="utf-8"))
+    config = _config(settings)
     chosen = ("recipe", "base", "tune", "epochs", "batch", "crop", "seed", "folds")
     return {
         "data": settings.attribution,

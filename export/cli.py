@@ -18,7 +18,12 @@ log = logging.getLogger("nsam")
 @click.version_option(package_name="nsam")
 @click.argument("fold_dir", metavar="RUN/foldK", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Model directory to make.")
-@click.option("--data", type=click.Path(path_type=Path), help="Images for the proof. [default: where the run trained]")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="The run's data, and its --extra in their order, for the proof. [default: where the run found them]",
+)
 @click.option("--data-mpp", type=float, help="Scale of those images, µm/px, if the run was given it.")
 @click.option("--name", default="nsam", help="Name in the card.")
 @click.option("--model-version", default="0.1.0", help="Version in the card.")

@@ -44,7 +44,7 @@ def run(settings: Settings) -> int:
     begin = time.monotonic()
     paths = find_slides(settings.inputs)
     _check_writable(settings.out)
-    engine = engines.load(settings.model, settings.device, settings.threads)
+    engine = engines.load(settings.model, settings.device, settings.threads, settings.tta)
     click.echo(f"device: {engine.device}")
     job = _Job(settings, engine, _run_hash(engine.card, settings))
     failed_csv = settings.out / "failed.csv"
@@ -193,6 +193,7 @@ def _run_hash(card: ModelCard, settings: Settings) -> str:
         "model": card.files["model.onnx"].sha256,
         "post": dataclasses.asdict(card.post),
         "mpp": settings.mpp,
+        "tta": settings.tta,
     }
     return hashlib.sha256(_json(parts).encode()).hexdigest()[:16]
 

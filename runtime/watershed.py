@@ -46,7 +46,7 @@ def separate(
     level = np.clip(-distance * 1000, -32767, 32767).astype(np.int16)
     flooded: Any = watershed(level, seeds, mask=mask)  # type: ignore[no-untyped-call]
     labels: NDArray[np.int32] = flooded.astype(np.int32, copy=False)
-    return _without_small(labels, post.min_area_um2 / mpp**2), probability
+    return without_small(labels, post.min_area_um2 / mpp**2), probability
 
 
 def _components(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
@@ -66,7 +66,8 @@ def _relative_depth(mask: NDArray[np.bool_], mpp: float) -> NDArray[np.float32]:
     return result
 
 
-def _without_small(labels: NDArray[np.int32], min_area_px: float) -> NDArray[np.int32]:
+def without_small(labels: NDArray[np.int32], min_area_px: float) -> NDArray[np.int32]:
+    """Labels without those of fewer pixels than `min_area_px`."""
     areas = np.bincount(labels.ravel())
     keep = np.where(areas >= min_area_px, np.arange(areas.size), 0).astype(np.int32)
     keep[0] = 0

@@ -8,8 +8,8 @@ import tifffile
 from PIL import Image
 
 from nsam.runtime.errors import InputError
-from nsam.train.data import Sample, find_samples, read_labels, read_sample
-from nsam.train.folds import make_folds
+from nsam.train.data import Sample, find_extra, find_samples, read_labels, read_sample
+from nsam.train.folds import final_fold, make_folds
 
 
 def make_pair(root: Path, stem: str = "a", size: int = 16) -> None:
@@ -93,6 +93,31 @@ def test_folds_are_disjoint_and_each_image_is_tested_once(kind: str) -> None:
         assert all(parts)
         if kind == "organ":
             assert not {s.group for s in fold.test} & {s.group for s in fold.train + fold.validation}
+
+
+def test_other_sources_help_and_are_never_tested() -> None:
+    extra = [Sample(Path(), Path(), f"other/{i}", "other", 0.25) for i in range(20)]
+    plain, mixed = make_folds(samples()), make_folds(samples(), extra=extra)
+    for a, b in zip(plain, mixed, strict=True):
+        assert a.test == b.test
+        for part, count in (("train", 18), ("validation", 2)):
+            own, more = getattr(a, part), getattr(b, part)
+            assert more[: len(own)] == own
+            assert len(set(more[len(own) :]) & set(extra)) == count
+    final = final_fold(samples(), extra=extra)
+    assert (len(final.train), len(final.validation), len(final.test)) == (63, 7, 0)
+    assert set(final.train) | set(final.validation) == {*samples(), *extra}
+
+
+def test_names_of_two_sources_do_not_mix(tmp_path: Path) -> None:
+    for source in ("one", "two"):
+        for part, name in (("images", "a.png"), ("labels", "a.npy")):
+            (tmp_path / source / part).mkdir(parents=True)
+            (tmp_path / source / part / name).touch()
+    assert [s.name for source in ("one", "two") for s in find_extra(tmp_path / source)] == [
+        "one/images/a.png",
+        "two/images/a.png",
+    ]
 
 
 def test_official_folds_are_the_paper_s() -> None:

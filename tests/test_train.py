@@ -71,7 +71,7 @@ def config(out: Path, settings: Settings) -> Path:
     """A run's folder with its config, as the command makes it."""
     from nsam.train.crossval import claim
 
-    claim(out, settings, [], out, resume=False)
+    claim(out, settings, [], [out], resume=False)
     return out / "fold0"
 
 
@@ -152,6 +152,55 @@ def test_a_killed_run_resumes_to_the_same_history(tmp_path: Path, discs: Path) -
     assert [int(row["step"]) for row in rows] == [50, 100, 150, 200, 250]
     losses = [float(row["bce"]) + float(row["dice"]) + float(row["distance"]) for row in rows]
     assert losses[-1] < 0.8 * losses[0], "it does not learn to find dark discs"
+
+
+def test_eval_only_repeats_the_figures_and_notices_other_weights(tmp_path: Path, discs: Path) -> None:
+    options = ["--base", "none", "--tune", "full", "--fold", "0", "--crop", "32", "--batch", "2", "--workers", "0"]
+    command = [str(discs), "--out", str(tmp_path), *options, "--steps", "60", "--precision", "fp32"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<figure>") == 6, "two test images, in each of three rows"
+    assert "http" not in page, "the page must need nothing else"
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    result = CliRunner().invoke(main, [str(discs), "--out", str(tmp_path), "--fold", "0", "--eval-only"])
+    assert result.exit_code == 0, result.output
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == files, "it writes"
+    metrics = json.loads((tmp_path / "fold0" / "metrics.json").read_text())
+    metrics["mean"]["dice"] += 0.01
+    (tmp_path / "fold0" / "metrics.json").write_text(json.dumps(metrics))
+    result = CliRunner().invoke(main, [str(discs), "--out", str(tmp_path), "--fold", "0", "--eval-only"])
+    assert result.exit_code == 2
+    assert "dice of its test part does not repeat" in result.stderr
+    result = CliRunner().invoke(main, [str(discs), "--out", str(tmp_path), "--fold", "1", "--eval-only"])
+    assert "not finished" in result.stderr
+
+
+def test_a_final_model_is_of_all_images(tmp_path: Path, discs: Path) -> None:
+    options = ["--base", "none", "--tune", "full", "--fold", "final", "--crop", "32", "--batch", "2", "--steps", "2"]
+    result = CliRunner().invoke(main, [str(discs), "--out", str(tmp_path), *options, "--workers", "0"])
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "final" / "metrics.json").read_text())
+    assert metrics["images"] == 0
+    assert metrics["mean"] == {}
+    assert load_fold(tmp_path / "final")[1].steps == 2
+
+
+def test_two_processes_train_one_fold(tmp_path: Path, discs: Path) -> None:
+    """With BatchNorm at rest (LoRA), two halves of each batch make the steps that one process makes."""
+    base = tmp_path / "base"
+    common = ["--fold", "0", "--crop", "32", "--batch", "4", "--workers", "0", "--precision", "fp32", "--steps", "50"]
+    made = CliRunner().invoke(main, [str(discs), "--out", str(base), "--base", "none", "--tune", "full", *common])
+    assert made.exit_code == 0, made.output
+    more = [str(discs), "--base", str(base / "fold0"), *common, "--threads", "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    losses = []
+    for name, start in (("one", [sys.executable]), ("two", torchrun)):
+        subprocess.run([*start, "-m", "nsam.train.cli", *more, "--out", str(tmp_path / name)], env=env, check=True)
+        with (tmp_path / name / "fold0" / "history.csv").open(newline="") as stream:
+            losses.append([float(row["bce"]) for row in csv.DictReader(stream)])
+    assert len(losses[0]) == 1
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.1)
 
 
 def test_time_out_saves_and_says_how_to_go_on(tmp_path: Path, fold: Fold) -> None:

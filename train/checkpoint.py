@@ -53,7 +53,7 @@ def build_model(settings: Settings) -> tuple[NucleusNet, str]:
         model.detail.requires_grad_(True)
     if settings.tune == "lora":
         add_lora(model.encoder.vit.stages, settings.rank, settings.alpha)
-    else:
+    elif settings.tune == "full":
         model.encoder.requires_grad_(True)
         model.encoder.vit.head.requires_grad_(False)
     return model, base_hash

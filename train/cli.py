@@ -26,7 +26,7 @@ log = logging.getLogger("nsam")
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 @click.option("--recipe", type=click.Choice(["nsam", "seed"]), default="nsam", help="`seed` is the original study's.")
-@click.option("--fold", default="all", help="Fold to train, 0 to 4, or all.")
+@click.option("--fold", default="all", help="0 to 4, all five, or final: a model of all images, none tested.")
 @click.option(
     "--folds",
     type=click.Choice(["official", "organ"]),
@@ -34,7 +34,7 @@ log = logging.getLogger("nsam")
     help="NuInsSeg's own split, or one that keeps each organ's images together.",
 )
 @click.option("--base", default="mobile_sam", help="mobile_sam (downloaded), a .pt file, a fold's folder, or none.")
-@click.option("--tune", type=click.Choice(["lora", "full"]), default="lora", help="What is trained beside the decoder.")
+@click.option("--tune", type=click.Choice(["lora", "decoder", "full"]), default="lora", help="What is trained.")
 @click.option("--rank", type=click.IntRange(1), help="LoRA's rank. [recipe: 4]")
 @click.option("--alpha", type=float, help="LoRA's scale times its rank. [recipe: 4]")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Passes over the training images.")
@@ -50,10 +50,12 @@ log = logging.getLogger("nsam")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of the network. [default: all cores]")
 @click.option("--workers", type=click.IntRange(0), default=1, help="Processes that prepare crops.")
 @click.option("--max-minutes", type=click.FloatRange(0, min_open=True), help="Stop with a checkpoint after so long.")
+@click.option("--eval-only", is_flag=True, help="Score the test parts of --out's finished folds again; trains nothing.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, also after a kill.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
 def main(data: Path, out: Path, verbose: bool, **options: Any) -> None:
-    """Train on DATA: NuInsSeg's folder, or one with `images` and `labels` (label maps: TIFF, PNG or NPY).
+    """Train on DATA: NuInsSeg's folder, or one with `images` and `labels` (label maps as TIFF, PNG or
+    NPY, or outlines as GeoJSON from QuPath).
 
     \b
     nsam-train NuInsSeg --out runs/nsam --fold 0
@@ -79,9 +81,8 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     import torch
 
     from nsam.train.checkpoint import build_model
-    from nsam.train.crossval import cross_validate
-    from nsam.train.data import find_samples
-    from nsam.train.folds import FOLDS
+    from nsam.train.crossval import cross_validate, repeat_tests
+    from nsam.train.data import find_extra, find_samples
     from nsam.train.model import parameter_table
     from nsam.train.parallel import join
     from nsam.train.settings import RECIPES, Settings
@@ -89,7 +90,7 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     known = {field.name for field in fields(Settings)}
     chosen = {name: value for name, value in options.items() if name in known and value is not None}
     settings = replace(RECIPES[options["recipe"]], **chosen)
-    which = parse_folds(options["fold"], FOLDS)
+    which = parse_folds(options["fold"])
     device = pick_device(options["device"])
     if options["threads"]:
         torch.set_num_threads(options["threads"])
@@ -97,10 +98,13 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     if not group.leads:
         log.setLevel(logging.WARNING)
     samples = find_samples(data, options["data_mpp"])
-    extra = [sample for folder in options["extra"] for sample in find_samples(folder)]
+    extra = [sample for folder in options["extra"] for sample in find_extra(folder)]
     log.info("%d images in %d groups, device %s", len(samples), len({s.group for s in samples}), device)
     if extra:
         log.info("%d images of other sources", len(extra))
+    if options["eval_only"]:
+        repeat_tests(samples, extra, out, which, device=device, say=log.info)
+        return
     if settings.batch % group.size:
         raise ValueError(f"`--batch` must be a multiple of the {group.size} processes, is {settings.batch}")
     for part, count, trainable in parameter_table(build_model(settings)[0]):
@@ -109,7 +113,7 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
         settings,
         samples,
         extra,
-        data,
+        [data, *options["extra"]],
         out,
         which,
         device=device,
@@ -121,17 +125,20 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     )
 
 
-def parse_folds(text: str, count: int) -> list[int]:
-    """`all` or one fold's number.
+def parse_folds(text: str) -> list[str]:
+    """`all`, `final` or one fold's number -> names of folds.
 
     Raises:
         NsamError: anything else.
     """
+    from nsam.train.folds import FINAL, FOLDS
+
+    names = {str(k): f"fold{k}" for k in range(FOLDS)}
     if text == "all":
-        return list(range(count))
-    if text.isdecimal() and int(text) < count:
-        return [int(text)]
-    raise NsamError(f"`--fold` must be all or 0 to {count - 1}, is {text}")
+        return list(names.values())
+    if text == FINAL or text in names:
+        return [names.get(text, text)]
+    raise NsamError(f"`--fold` must be 0 to {FOLDS - 1}, all or final, is {text}")
 
 
 def pick_device(name: str) -> Any:

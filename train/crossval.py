@@ -14,15 +14,20 @@ from typing import Any
 
 import torch
 
-from nsam.runtime.errors import OutputError
+from nsam.runtime.card import PostSpec
+from nsam.runtime.errors import ModelError, OutputError
 from nsam.train.checkpoint import read_settings
 from nsam.train.data import Sample, hash_samples
+from nsam.train.evaluate import TorchEngine, report, score_with_progress
 from nsam.train.fit import fit
-from nsam.train.folds import make_folds, write_folds
+from nsam.train.folds import FINAL, Fold, final_fold, make_folds, write_folds
+from nsam.train.pages import write_report
 from nsam.train.parallel import ALONE, Group
-from nsam.train.report import plot_history, write_summary
+from nsam.train.report import write_summary
 from nsam.train.settings import Settings
 
+#: Metrics of two machines differ by less: a pixel here and there lies at a threshold.
+REPEATS_TO = 0.002
 PACKAGES = ("nsam", "torch", "timm", "segment-anything", "numpy", "opencv-python-headless", "scikit-image")
 
 
@@ -30,9 +35,9 @@ def cross_validate(
     settings: Settings,
     samples: list[Sample],
     extra: list[Sample],
-    data: Path,
+    sources: list[Path],
     out: Path,
-    which: list[int],
+    which: list[str],
     *,
     device: torch.device,
     group: Group = ALONE,
@@ -49,18 +54,18 @@ def cross_validate(
         OutputError: `out` holds another run, or holds this one and `resume` was not asked for.
     """
     deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
-    folds = make_folds(samples, settings.folds, settings.validation_share, extra)
+    folds = name_folds(settings, samples, extra)
     if group.leads:
-        claim(out, settings, [*samples, *extra], data, resume)
+        claim(out, settings, [*samples, *extra], sources, resume)
         write_folds(folds, out / "folds.csv")
     finished = True
-    for k in which:
-        fold_dir = out / f"fold{k}"
+    for name in which:
+        fold_dir = out / name
         if (fold_dir / "metrics.json").is_file():
-            say(f"fold {k}: finished before")
+            say(f"{name}: finished before")
             continue
-        fold = folds[k]
-        say(f"fold {k}: {len(fold.train)} train, {len(fold.validation)} validation, {len(fold.test)} test images")
+        fold = folds[name]
+        say(f"{name}: {len(fold.train)} train, {len(fold.validation)} validation, {len(fold.test)} test images")
         metrics = fit(
             settings,
             fold,
@@ -70,24 +75,62 @@ def cross_validate(
             workers=workers,
             deadline=deadline,
             resume=resume,
-            say=lambda line, k=k: say(f"fold {k}: {line}"),  # type: ignore[misc]
+            say=lambda line, name=name: say(f"{name}: {line}"),  # type: ignore[misc]
         )
         if metrics is None:
             finished = False
             break
         if not group.leads:
             continue
-        plot_history(fold_dir / "history.csv", fold_dir / "history.png")
-        say(f"fold {k}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics["mean"].items()))
+        if fold.test:
+            say(f"{name}: " + ", ".join(f"{metric} {value:.3f}" for metric, value in metrics["mean"].items()))
     if group.leads:
         write_summary(out)
+        write_report(out, samples, device)
     return finished
 
 
-def claim(out: Path, settings: Settings, samples: list[Sample], data: Path, resume: bool) -> None:
+def name_folds(settings: Settings, samples: list[Sample], extra: list[Sample]) -> dict[str, Fold]:
+    """`fold0` to `fold4` and `final`, by the names of their folders."""
+    folds = make_folds(samples, settings.folds, settings.validation_share, extra)
+    named = {f"fold{k}": fold for k, fold in enumerate(folds)}
+    return {**named, FINAL: final_fold(samples, settings.validation_share, extra)}
+
+
+def repeat_tests(
+    samples: list[Sample],
+    extra: list[Sample],
+    out: Path,
+    which: list[str],
+    *,
+    device: torch.device,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Score the test parts of a run's finished folds again, from their checkpoints and thresholds; writes nothing.
+
+    Raises:
+        ModelError: a fold is not finished, or its figures are not those of its `metrics.json`.
+        OutputError: other data.
+    """
+    settings = read_settings(out / "config.json")
+    check_data(out, [*samples, *extra])
+    folds = name_folds(settings, samples, extra)
+    for name in which:
+        fold_dir = out / name
+        if not (fold_dir / "metrics.json").is_file():
+            raise ModelError(f"`{fold_dir}`: not finished; train it with --resume, or name another --fold")
+        before = json.loads((fold_dir / "metrics.json").read_text(encoding="utf-8"))
+        engine = TorchEngine.of_fold(fold_dir, device).with_post(PostSpec(**before["post"]))
+        after = report(score_with_progress(folds[name].test, engine, lambda line, name=name: say(f"{name}: {line}")))  # type: ignore[misc]
+        for metric, value in after["mean"].items():
+            say(f"{name}: {metric} {value:.4f}, was {before['mean'][metric]:.4f}")
+            if abs(value - before["mean"][metric]) > REPEATS_TO:
+                raise ModelError(f"`{fold_dir}`: {metric} of its test part does not repeat; was it trained elsewhere?")
+
+
+def claim(out: Path, settings: Settings, samples: list[Sample], sources: list[Path], resume: bool) -> None:
     """Make the run's folder and its `config.json`, or see that the run in it is the same one."""
     config = out / "config.json"
-    data_hash = hash_samples(samples)
     if config.is_file():
         if not resume:
             raise OutputError(f"`{out}`: holds a run already; pass --resume to go on, or another --out")
@@ -98,22 +141,35 @@ def claim(out: Path, settings: Settings, samples: list[Sample], data: Path, resu
                     f"`{out}`: its run has {name} = {getattr(found, name)}, now {value} is asked for; "
                     "give the same options to resume"
                 )
-        if json.loads(config.read_text(encoding="utf-8"))["data"]["sha256"] != data_hash:
-            raise OutputError(f"`{out}`: its run saw other data; resume with the same images and labels")
+        check_data(out, samples)
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(describe(settings, samples, data, data_hash), indent=1)
+        text = json.dumps(describe(settings, samples, sources), indent=1)
         config.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"`{out}`: cannot be written ({error.strerror}); choose another --out") from error
 
 
-def describe(settings: Settings, samples: list[Sample], data: Path, data_hash: str) -> dict[str, Any]:
+def check_data(out: Path, samples: list[Sample]) -> None:
+    """See that a run's images and labels are these.
+
+    Raises:
+        OutputError: they are not.
+    """
+    if json.loads((out / "config.json").read_text(encoding="utf-8"))["data"]["sha256"] != hash_samples(samples):
+        raise OutputError(f"`{out}`: its run saw other data; give the same images and labels, and the same --extra")
+
+
+def describe(settings: Settings, samples: list[Sample], sources: list[Path]) -> dict[str, Any]:
     """What `config.json` holds: settings, data, versions, commit."""
     return {
         "settings": asdict(settings),
-        "data": {"root": str(data.resolve()), "images": len(samples), "sha256": data_hash},
+        "data": {
+            "sources": [str(source.resolve()) for source in sources],
+            "images": len(samples),
+            "sha256": hash_samples(samples),
+        },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": _commit(),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,10 @@ from PIL import Image
 
 from nsam.runtime.errors import InputError
 from nsam.runtime.slides import IMAGE_EXTENSIONS, TIFF_EXTENSIONS, open_slide
+from nsam.train.annotations import read_annotations
 
 IMAGE_SUFFIXES = (*IMAGE_EXTENSIONS, *TIFF_EXTENSIONS)
-LABEL_SUFFIXES = (".tif", ".tiff", ".png", ".npy")
+LABEL_SUFFIXES = (".tif", ".tiff", ".png", ".npy", ".geojson")
 #: NuInsSeg gives no scale ("40x"). By the size of its nuclei against those of TCGA slides at .25 it is near .17.
 NUINSSEG_MPP = 0.17
 
@@ -65,6 +66,11 @@ def find_samples(root: Path, mpp: float | None = None) -> list[Sample]:
     return sorted(samples, key=lambda sample: sample.name)
 
 
+def find_extra(root: Path) -> list[Sample]:
+    """Images of another source; its folder's name goes before theirs, so that sources do not mix."""
+    return [replace(sample, name=f"{root.name}/{sample.name}") for sample in find_samples(root)]
+
+
 def _match(images_dir: Path, labels_dir: Path) -> list[tuple[Path, Path]]:
     images = _by_stem(images_dir, IMAGE_SUFFIXES)
     labels = _by_stem(labels_dir, LABEL_SUFFIXES)
@@ -93,7 +99,8 @@ def read_sample(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     """
     with open_slide(sample.image) as slide:
         image = slide.read_region(0, 0, 0, *slide.size_wh)
-    labels = read_labels(sample.labels)
+    outlined = sample.labels.suffix.lower() == ".geojson"
+    labels = read_annotations(sample.labels, slide.size_wh) if outlined else read_labels(sample.labels)
     if labels.shape != image.shape[:2]:
         raise InputError(
             f"`{sample.labels}`: has {labels.shape[1]} x {labels.shape[0]} px, "
@@ -103,7 +110,7 @@ def read_sample(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
 
 
 def read_labels(path: Path) -> NDArray[np.int32]:
-    """A label map (H, W) int32, 0 = background, from TIFF, PNG or NPY.
+    """A label map (H, W) int32, 0 = background, from TIFF, PNG or NPY; for GeoJSON see `read_annotations`.
 
     Raises:
         InputError: unreadable, not two-dimensional, or not of integers.

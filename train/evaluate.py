@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,11 @@ from torch import nn
 
 from nsam.runtime.card import ModelCard, PostSpec
 from nsam.runtime.metrics import Score, mean_and_pooled, score
-from nsam.runtime.pipeline import map_rows, segment_slide
+from nsam.runtime.pipeline import segment_slide
 from nsam.runtime.slides import ArraySlide
-from nsam.runtime.tiles import Box, Grid, interpolate
-from nsam.runtime.watershed import separate
+from nsam.train.checkpoint import load_fold
 from nsam.train.data import Sample, read_sample
 from nsam.train.settings import Settings
-
-NUCLEUS_THRESHOLDS = (0.4, 0.45, 0.5, 0.55, 0.6)
-SEED_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
-MIN_AREAS_UM2 = (4.0, 8.0, 12.0)
 
 
 class TorchEngine:
@@ -34,6 +29,16 @@ class TorchEngine:
         self.device = f"{device} (torch {torch.__version__})"
         self._model = model
         self._device = device
+
+    @classmethod
+    def of_fold(cls, fold_dir: Path, device: torch.device) -> TorchEngine:
+        """The best network of a run's fold."""
+        model, settings = load_fold(fold_dir)
+        return cls(model.to(device), draft_card(settings), device)
+
+    def with_post(self, post: PostSpec) -> TorchEngine:
+        """The same network under other thresholds."""
+        return TorchEngine(self._model, replace(self.card, post=post), self._device)
 
     @torch.inference_mode()
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -48,55 +53,32 @@ def draft_card(settings: Settings, post: PostSpec | None = None) -> ModelCard:
     return ModelCard("nsam", "0", "Apache-2.0", input=settings.input, output=settings.output, post=post)
 
 
-def with_post(engine: TorchEngine, post: PostSpec) -> TorchEngine:
-    """The same engine under other thresholds."""
-    return TorchEngine(engine._model, replace(engine.card, post=post), engine._device)
-
-
 def score_samples(samples: Iterable[Sample], engine: Any) -> Iterator[tuple[Sample, Score]]:
     """Each sample's score at its native resolution, through `segment_slide`."""
     for sample in samples:
         image, truth = read_sample(sample)
-        strips = segment_slide(ArraySlide(image, sample.image), engine, sample.mpp)
-        yield sample, score(truth, np.concatenate([strip.labels for strip in strips]))
+        yield sample, score(truth, segment_sample(image, sample, engine))
 
 
-def choose_post(
-    samples: list[Sample], engine: TorchEngine, on_progress: Callable[[int, int], None] | None = None
-) -> tuple[PostSpec, float]:
-    """Thresholds of the highest mean of AJI and PQ over the images, by exhaustive search.
+def segment_sample(image: NDArray[np.uint8], sample: Sample, engine: Any) -> NDArray[np.int32]:
+    """Labels (H, W) of a sample's image, on the path of `nsam-infer`."""
+    strips = segment_slide(ArraySlide(image, sample.image), engine, sample.mpp)
+    return np.concatenate([strip.labels for strip in strips])
 
-    Args:
-        samples: inner validation images; never test images.
-        engine: the trained network.
-        on_progress: called with (images done, images in all).
 
-    Returns:
-        The thresholds and what they reached.
-    """
-    card = engine.card
-    grid_of = list(itertools.product(NUCLEUS_THRESHOLDS, SEED_THRESHOLDS, MIN_AREAS_UM2))
-    reached = np.zeros(len(grid_of))
-    for done, sample in enumerate(samples):
-        image, truth = read_sample(sample)
-        slide = ArraySlide(image, sample.image)
-        grid = Grid.of(slide.size_wh, sample.mpp, card.input.mpp, card.output.stride)
-        maps = np.concatenate(list(map_rows(slide, engine, grid, batch=4)), axis=1)
-        maps = interpolate(maps, (0, 0), Box(0, 0, *slide.size_wh), grid)
-        for i, (nucleus, seed, area) in enumerate(grid_of):
-            post = replace(card.post, nucleus_threshold=nucleus, seed_threshold=seed, min_area_um2=area)
-            found = score(truth, separate(maps, card.output, post, sample.mpp)[0])
-            reached[i] += (found.aji + found.pq) / 2 / len(samples)
-        if on_progress:
-            on_progress(done + 1, len(samples))
-    nucleus, seed, area = grid_of[int(reached.argmax())]
-    post = replace(card.post, nucleus_threshold=nucleus, seed_threshold=seed, min_area_um2=area)
-    return post, float(reached.max())
+def score_with_progress(samples: list[Sample], engine: Any, say: Callable[[str], None]) -> list[tuple[Sample, Score]]:
+    """All of `score_samples`, with a line for every twenty."""
+    scored = []
+    for pair in score_samples(samples, engine):
+        scored.append(pair)
+        if len(scored) % 20 == 0:
+            say(f"test {len(scored)}/{len(samples)}")
+    return scored
 
 
 def report(scored: list[tuple[Sample, Score]]) -> dict[str, Any]:
     """Metrics as `metrics.json` holds them: per image mean, pooled, by group, counts, and each image."""
-    mean, pooled = mean_and_pooled(s for _, s in scored)
+    mean, pooled = mean_and_pooled(s for _, s in scored) if scored else ({}, {})
     groups = sorted({sample.group for sample, _ in scored})
     return {
         "images": len(scored),
@@ -105,5 +87,5 @@ def report(scored: list[tuple[Sample, Score]]) -> dict[str, Any]:
         "mean": mean,
         "pooled": pooled,
         "groups": {g: mean_and_pooled(s for sample, s in scored if sample.group == g)[0] for g in groups},
-        "per_image": {sample.name: s.as_dict() for sample, s in scored},
+        "per_image": {sample.name: {"group": sample.group, **s.as_dict()} for sample, s in scored},
     }

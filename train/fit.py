@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nsam.runtime.card import PostSpec
 from nsam.train import checkpoint
-from nsam.train.evaluate import TorchEngine, choose_post, draft_card, report, score_samples, with_post
+from nsam.train.evaluate import TorchEngine, draft_card, report, score_samples, score_with_progress
 from nsam.train.folds import Fold
 from nsam.train.losses import map_losses, total
 from nsam.train.optim import Ema, make_optimiser, make_schedule
 from nsam.train.parallel import ALONE, Group
 from nsam.train.settings import Settings
+from nsam.train.thresholds import choose_post
 from nsam.train.views import Views, batches
 
 LOG_EVERY = 50  # steps a row of history.csv averages over
@@ -154,25 +154,15 @@ def finish(
     fold: Fold, out: Path, device: torch.device, minutes: float, step: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Thresholds from the validation part, then the one look at the test part; writes `metrics.json`."""
-    model, settings = checkpoint.load_fold(out)
-    engine = TorchEngine(model.to(device), draft_card(settings), device)
+    engine = TorchEngine.of_fold(out, device)
     post, reached = choose_post(fold.validation, engine)
     say(f"thresholds from {len(fold.validation)} validation images: {post}, (AJI + PQ) / 2 {reached:.3f}")
-    scored = []
-    for sample, found in score_samples(fold.test, with_post(engine, post)):
-        scored.append((sample, found))
-        if len(scored) % 20 == 0:
-            say(f"test {len(scored)}/{len(fold.test)}")
+    scored = score_with_progress(fold.test, engine.with_post(post), say)
     metrics = {"post": asdict(post), "minutes": round(minutes, 1), "steps": step, **report(scored)}
     part = out / "metrics.json.part"
     part.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     part.replace(out / "metrics.json")
     return metrics
-
-
-def read_post(fold_dir: Path) -> PostSpec:
-    """The thresholds that a finished fold chose."""
-    return PostSpec(**json.loads((fold_dir / "metrics.json").read_text(encoding="utf-8"))["post"])
 
 
 def validate(fold: Fold, engine: TorchEngine) -> float:
@@ -182,9 +172,9 @@ def validate(fold: Fold, engine: TorchEngine) -> float:
 
 
 def train_mode(model: nn.Module, settings: Settings) -> None:
-    """Training mode; under LoRA the base's BatchNorm keeps the statistics that it was trained with."""
+    """Training mode; unless all is tuned, the base's BatchNorm keeps the statistics that it was trained with."""
     model.train()
-    if settings.tune == "lora":
+    if settings.tune != "full":
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()

@@ -13,6 +13,8 @@ from sklearn.model_selection import GroupKFold, KFold
 from nsam.train.data import Sample
 
 FOLDS = 5
+#: Beside the five: all images train, but for those set aside for thresholds; none is tested.
+FINAL = "final"
 OFFICIAL_SEED = 19  # NuInsSeg's own code
 
 
@@ -57,17 +59,23 @@ def make_folds(
     return folds
 
 
+def final_fold(samples: list[Sample], validation_share: float = 0.1, extra: Sequence[Sample] = ()) -> Fold:
+    """All images train a model to ship, but for the share that chooses its thresholds; nothing is left to test."""
+    parts = [_set_aside(list(source), validation_share, FOLDS) for source in (samples, extra) if source]
+    return Fold([s for train, _ in parts for s in train], [s for _, validation in parts for s in validation], [])
+
+
 def _set_aside(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
     shuffled = np.random.default_rng(seed).permutation(len(samples))
     size = max(1, round(share * len(samples)))
     return [samples[i] for i in np.sort(shuffled[size:])], [samples[i] for i in np.sort(shuffled[:size])]
 
 
-def write_folds(folds: list[Fold], path: Path) -> None:
+def write_folds(folds: dict[str, Fold], path: Path) -> None:
     """`folds.csv`: fold, part, image, group."""
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["fold", "part", "image", "group"])
-        for k, fold in enumerate(folds):
+        for name, fold in folds.items():
             for part in ("train", "validation", "test"):
-                writer.writerows([k, part, s.name, s.group] for s in getattr(fold, part))
+                writer.writerows([name, part, s.name, s.group] for s in getattr(fold, part))

@@ -1,8 +1,7 @@
-"""Tables and plots of a run, made from the files in it."""
+"""The table of a run, made from the files in it."""
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -34,37 +33,12 @@ def write_summary(run: Path) -> None:
     lines.append(_row(*["---"] * (len(TITLES) + 2)))
     by_organ: dict[str, list[dict[str, float]]] = {}
     for m in folds.values():
-        for name, metrics in m["per_image"].items():
-            by_organ.setdefault(name.split("/")[0], []).append(metrics)
+        for metrics in m["per_image"].values():
+            by_organ.setdefault(metrics["group"], []).append(metrics)
     for organ, rows in sorted(by_organ.items()):
         means = (f"{np.mean([row[metric] for row in rows]):.4f}" for metric in NAMES)
         lines.append(_row(organ, len(rows), *means))
     (run / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def plot_history(history: Path, picture: Path) -> None:
-    """Losses and validation against steps, from `history.csv`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with history.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    if not rows:
-        return
-    steps = [int(row["step"]) for row in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name in rows[0]:
-        if name not in ("step", "lr", "validation"):
-            left.plot(steps, [float(row[name]) for row in rows], label=name)
-    left.set(xlabel="step", ylabel="loss")
-    left.legend()
-    measured = [(int(row["step"]), float(row["validation"])) for row in rows if row["validation"]]
-    right.plot(*zip(*measured, strict=True), marker="o") if measured else None
-    right.set(xlabel="step", ylabel="validation (AJI + PQ) / 2")
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
 
 
 def _row(*cells: object) -> str:

@@ -14,7 +14,7 @@ class Settings:
     recipe: str = "nsam"
     # Model
     base: str = "mobile_sam"  # `mobile_sam` (downloaded), a file, a fold of another run, or `none`
-    tune: str = "lora"  # LoRA + decoder; `full` trains all, the choice when base is none
+    tune: str = "lora"  # LoRA + decoder; `decoder` alone; `full` trains all, the choice when base is none
     rank: int = 4  # 118,784 parameters beside 4.06 M of the decoder
     alpha: float = 4.0  # update scaled by alpha / rank = 1
     channels: tuple[str, ...] = ("nucleus", "distance")  # a mask alone finds 69 % of the nuclei: half of them touch
@@ -51,7 +51,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         choices = {
-            "tune": ("lora", "full"),
+            "tune": ("lora", "decoder", "full"),
             "optimiser": ("adam", "adamw"),
             "folds": ("official", "organ"),
             "precision": ("auto", "fp32", "fp16", "bf16"),

@@ -1,0 +1,93 @@
+"""How well a model segments labelled images, as they are and under simulated shifts of stain, scanner and scale."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from shifts import SCALES, SHIFTS, rescale, shift
+
+from nsam.runtime.engines import load
+from nsam.runtime.metrics import NAMES, Score, mean_and_pooled, score
+from nsam.runtime.pipeline import segment_slide
+from nsam.runtime.slides import ArraySlide
+from nsam.train.data import Sample, find_samples, read_sample
+
+SHOWN = ("dice", "aji", "pq")
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("data", type=click.Path(path_type=Path, exists=True))
+@click.option("--model", type=click.Path(path_type=Path), help="A folder made by nsam-export. [default: nsam's own]")
+@click.option("--mpp", type=float, help="Scale of the images, µm/px. [default: .17 for NuInsSeg, else .25]")
+@click.option("--test-part", type=click.Path(path_type=Path), help="RUN/foldK: only the images that it tested.")
+@click.option("--every", type=click.IntRange(1), default=1, help="Only every so many images.")
+@click.option("--tta", type=click.Choice([1, 2, 4, 8]), default=1, help="Views of each tile that are averaged.")
+@click.option("--shifts/--no-shifts", default=False, help="Also under each simulated shift.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+def main(
+    data: Path,
+    model: Path | None,
+    mpp: float | None,
+    test_part: Path | None,
+    every: int,
+    tta: int,
+    shifts: bool,
+    threads: int | None,
+    json_path: Path | None,
+) -> None:
+    """Score the model on DATA: NuInsSeg's folder, or one with `images` and `labels`."""
+    engine = load(model, threads=threads, tta=tta)
+    samples = find_samples(data, mpp)
+    if test_part:
+        names = set(tested_names(test_part))
+        samples = [sample for sample in samples if sample.name in names]
+    samples = samples[::every]
+    click.echo(f"{len(samples)} images, {engine.card.name} {engine.card.version}, {engine.device}, {tta} views")
+    results: dict[str, dict[str, Any]] = {}
+    for name, change in conditions(shifts):
+        begin = time.perf_counter()
+        mean, pooled = mean_and_pooled(run(samples, engine, change))
+        results[name] = {"mean": mean, "pooled": pooled, "seconds": time.perf_counter() - begin}
+        kept = mean["pq"] / results["as it is"]["mean"]["pq"]
+        figures = "  ".join(f"{metric} {mean[metric]:.4f} ({pooled[metric]:.4f} pooled)" for metric in SHOWN)
+        click.echo(f"{name:20}  {figures}  {kept:.0%} of PQ  {results[name]['seconds']:.0f} s")
+    if json_path:
+        about = {"data": str(data), "images": len(samples), "metrics": NAMES, "tta": tta, "device": engine.device}
+        json_path.write_text(json.dumps({**about, "results": results}, indent=1), encoding="utf-8")
+
+
+def run(samples: list[Sample], engine: Any, change: Callable[..., Any]) -> Iterator[Score]:
+    """Each image, changed, through the pipeline that ships."""
+    for sample in samples:
+        image, truth = change(*read_sample(sample))
+        strips = segment_slide(ArraySlide(image, sample.image), engine, sample.mpp, batch=1)
+        yield score(truth, np.concatenate([strip.labels for strip in strips]))
+
+
+def conditions(shifts: bool) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Names and functions (image, labels) -> (image, labels); the first changes nothing."""
+    yield "as it is", lambda image, labels: (image, labels)
+    if shifts:
+        for name, change in SHIFTS.items():
+            yield name, lambda image, labels, change=change: (shift(image, change), labels)
+        for name, factor in SCALES.items():
+            yield name, lambda image, labels, factor=factor: rescale(image, labels, factor)
+
+
+def tested_names(fold_dir: Path) -> list[str]:
+    """Names of the images that a run's fold tested."""
+    with (fold_dir.parent / "folds.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    return [row["image"] for row in rows if row["fold"] == fold_dir.name and row["part"] == "test"]
+
+
+if __name__ == "__main__":
+    main()
