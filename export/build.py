@@ -23,6 +23,8 @@ from nsam.runtime.errors import InputError, ModelError, OutputError
 from nsam.train.checkpoint import load_fold
 from nsam.train.data import Sample, find_extra, find_samples
 from nsam.train.evaluate import TorchEngine, draft_card
+from nsam.train.exported import BASE_NAME, write_base
+from nsam.train.model import NucleusNet
 
 PACKAGES = ("nsam", "torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 
@@ -124,7 +126,7 @@ def _build_in(
         prove("weights stored as fp16", _as_engine(graph, scratch / "half", card), by_task=True)
     for name, path in {"exported": plain, "shipped": graph}.items():
         say(f"{name}: " + ", ".join(f"{value:,} {what}" for what, value in describe_graph(path).items()))
-    _write_model(graph, out, card)
+    _write_model(graph, out, card, merged)
     proof = as_json(links, len(tiles), len(samples))
     (out / "parity.json").write_text(json.dumps(proof, indent=1) + "\n", encoding="utf-8")
     return out
@@ -137,12 +139,16 @@ def _as_engine(graph: Path, folder: Path, card: ModelCard) -> Any:
     return load(folder, device="cpu")
 
 
-def _write_model(graph: Path, folder: Path, card: ModelCard) -> None:
-    """`model.onnx` with the card in its metadata, and `card.json` with the hash of it."""
+def _write_model(graph: Path, folder: Path, card: ModelCard, base: NucleusNet | None = None) -> None:
+    """`model.onnx` with the card in its metadata, what else a base needs, and `card.json` with their hashes."""
     target = folder / "model.onnx"
     shutil.copyfile(graph, target)
     add_metadata(target, nsam_card=card.to_json())
-    listed = replace(card, files={"model.onnx": FileEntry(sha256_of(target), "fp32")})
+    files = {"model.onnx": FileEntry(sha256_of(target), "fp32")}
+    if base is not None:
+        write_base(base, target, folder / BASE_NAME)
+        files[BASE_NAME] = FileEntry(sha256_of(folder / BASE_NAME), "weights")
+    listed = replace(card, files=files)
     (folder / "card.json").write_text(listed.to_json(), encoding="utf-8")
 
 

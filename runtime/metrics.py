@@ -92,7 +92,7 @@ def score(truth: NDArray[Any], predicted: NDArray[Any]) -> Score:
     t_flat, p_flat = _compact(truth), _compact(predicted)
     t_area, p_area = np.bincount(t_flat), np.bincount(p_flat)
     table = coo_array((np.ones(t_flat.size, np.int64), (t_flat, p_flat))).tocsr().tocoo()
-    (t, p), overlap = table.coords, table.data
+    t, p, overlap = table.row, table.col, table.data
     t_is, p_is = np.arange(t_area.size) > 0, np.arange(p_area.size) > 0
     inside = t_is[t] & p_is[p]
     t, p, overlap = t[inside], p[inside], overlap[inside]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ from click.testing import CliRunner
 from nsam.export import build as export_build
 from nsam.export import graph
 from nsam.export.cli import main as export_main
+from nsam.export.merge import load_merged
 from nsam.runtime.card import ModelCard
 from nsam.runtime.cli import main as infer_main
 from nsam.runtime.engines import load
+from nsam.runtime.errors import ModelError
 from nsam.runtime.metrics import mean_and_pooled, score
-from nsam.train.checkpoint import load_fold
+from nsam.train.checkpoint import build_model, load_fold
 from nsam.train.cli import main as train_main
 from nsam.train.data import find_samples
 from nsam.train.evaluate import TorchEngine, draft_card
@@ -170,3 +173,23 @@ def test_what_cannot_be_exported_is_one_line(run: Path, model_dir: Path, small_d
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
     assert "no images in it" in fails(fold, "--out", str(tmp_path / "m"), "--data", str(tmp_path))
+
+
+@pytest.mark.parametrize("store", ["fp32", "fp16"])
+def test_an_exported_model_is_a_base(run: Path, tmp_path: Path, store: str) -> None:
+    out = tmp_path / "m"
+    result = CliRunner().invoke(export_main, [str(run / "fold0"), "--out", str(out), "--tiles", "2", "--store", store])
+    assert result.exit_code == 0, result.output
+    settings = replace(load_fold(run / "fold0")[1], base=str(out), tune="lora")
+    reread = build_model(settings)[0].eval()
+    images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = load_merged(run / "fold0")(images)
+        # LoRA begins with B = 0; the base alone answers.
+        torch.testing.assert_close(reread(images), expected, rtol=0, atol=1e-4 if store == "fp32" else 0.05)
+    assert (out / "base.safetensors").stat().st_size < (4e6 if store == "fp32" else 2e6)
+    with pytest.raises(ModelError, match="are asked for"):
+        build_model(replace(settings, channels=("nucleus",)))
+    (out / "base.safetensors").write_bytes(b"x")
+    with pytest.raises(ModelError, match="was changed or cut"):
+        build_model(settings)

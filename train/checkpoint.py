@@ -12,13 +12,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import nsam.runtime
 from nsam.runtime.errors import ModelError
+from nsam.train.exported import load_exported
 from nsam.train.lora import add_lora, has_lora, merge_lora
 from nsam.train.model import NucleusNet
 from nsam.train.settings import Settings
 
 MOBILE_SAM_URL = "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/master/weights/mobile_sam.pt"
 MOBILE_SAM_SHA256 = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f"
+
+DEFAULT_MODEL = Path(nsam.runtime.__file__).parent / "default_model"
 
 #: MobileSAM's names -> ours, tried in this order at the start of a key.
 _RENAMED = (
@@ -60,7 +64,8 @@ def build_model(settings: Settings) -> tuple[NucleusNet, str]:
 
 
 def load_base(model: NucleusNet, base: str) -> None:
-    """Load `mobile_sam` (downloaded once, checksum verified), a `.pt` of its layout, or a fold of a run.
+    """Load `mobile_sam` (downloaded once, checksum verified), a `.pt` of its layout, a fold of a run, an exported
+    model, or `default`, the one that comes with nsam.
 
     Raises:
         ModelError: see `build_model`.
@@ -68,12 +73,17 @@ def load_base(model: NucleusNet, base: str) -> None:
     if base == "mobile_sam":
         path = _download()
     else:
-        path = Path(base)
+        path = DEFAULT_MODEL if base == "default" else Path(base)
+        if (path / "card.json").is_file():
+            load_exported(model, path)
+            return
         if path.is_dir():
             model.load_state_dict(_state_of(load_fold(path)[0]), strict=False)
             return
         if not path.is_file():
-            raise ModelError(f"`{base}`: no such base; give mobile_sam, none, a .pt file, or a fold's folder")
+            raise ModelError(
+                f"`{base}`: no such base; give default, mobile_sam, none, a .pt file, a fold's folder or a model"
+            )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes make it stumble over

@@ -33,7 +33,11 @@ log = logging.getLogger("nsam")
     default="official",
     help="NuInsSeg's own split, or one that keeps each organ's images together.",
 )
-@click.option("--base", default="mobile_sam", help="mobile_sam (downloaded), a .pt file, a fold's folder, or none.")
+@click.option(
+    "--base",
+    default="mobile_sam",
+    help="mobile_sam (downloaded), default (nsam's own), a .pt file, a run's fold, an exported model, or none.",
+)
 @click.option("--tune", type=click.Choice(["lora", "decoder", "full"]), default="lora", help="What is trained.")
 @click.option("--rank", type=click.IntRange(1), help="LoRA's rank. [recipe: 4]")
 @click.option("--alpha", type=float, help="LoRA's scale times its rank. [recipe: 4]")
