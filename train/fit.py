@@ -67,7 +67,7 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     ema = Ema(model, settings.ema)
     engine = TorchEngine(model, draft_card(settings), device)
-    step, best, history = 0, -1.0, []
+    step, best, history, minutes = 0, -1.0, [], 0.0
 
     last = out / "last.pt"
     if resume and last.is_file():
@@ -77,7 +77,7 @@ def fit(
         schedule.load_state_dict(saved["schedule"])
         scaler.load_state_dict(saved["scaler"])
         ema.load(saved["ema"])
-        step, best, history = saved["step"], saved["best"], saved["history"]
+        step, best, history, minutes = (saved[name] for name in ("step", "best", "history", "minutes"))
         torch.set_rng_state(saved["rng"].cpu())
         say(f"resumed at step {step} of {steps}")
 
@@ -85,7 +85,8 @@ def fit(
     stream = batches(views, settings.batch, step, workers, group)
     network = group.spread(model)
     sums: dict[str, float] = defaultdict(float)
-    began, first = time.monotonic(), step
+    began, first = time.monotonic() - 60 * minutes, step
+    started = time.monotonic()
     while step < steps:
         images, targets = (part.to(device, non_blocking=True) for part in next(stream))
         train_mode(model, settings)
@@ -107,7 +108,7 @@ def fit(
             sums[name] += float(term.detach()) / LOG_EVERY
         if step % LOG_EVERY == 0:
             history.append({"step": step, "lr": schedule.get_last_lr()[0], **sums})
-            rate = (step - first) / (time.monotonic() - began)
+            rate = (step - first) / (time.monotonic() - started)
             losses = ", ".join(f"{name} {value:.3f}" for name, value in sums.items())
             say(
                 f"step {step}/{steps}, {losses}, {rate * settings.batch:.1f} images/s, "
@@ -138,6 +139,7 @@ def fit(
                 "step": step,
                 "best": best,
                 "history": history,
+                "minutes": (time.monotonic() - began) / 60,
             }
             torch.save(state, last.with_suffix(".part"))
             last.with_suffix(".part").replace(last)
