@@ -47,7 +47,8 @@ class PostSpec:
     """How maps become nuclei; the thresholds come from an inner validation split, never from a test fold."""
 
     nucleus_threshold: float = 0.5  # probability above which a pixel is nucleus
-    seed_threshold: float = 0.5  # distance above which a pixel starts a nucleus
+    seed_prominence: float = 0.1  # by which a peak of the distance must stand out to start a nucleus
+    smooth_um: float = 0.5  # sigma by which the distance is smoothed before
     min_area_um2: float = 6.0  # smaller pieces are dropped
     tile_halo_px: int = 32  # network input px at each tile side whose result is thrown away
     block_halo_um: float = 24.0  # context of a block; a nucleus wider than this may change with the blocks

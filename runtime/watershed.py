@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import cv2
@@ -10,6 +11,10 @@ from numpy.typing import NDArray
 from skimage.segmentation import watershed
 
 from nsam.runtime.card import OutputSpec, PostSpec
+
+_STEPS = 1000  # levels for a distance of 1
+_TOP = 2.0  # a distance beyond is noise
+_REACH_UM = 10.0  # half of the widest nucleus, and less than a block's halo
 
 
 def sigmoid(logit: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -23,9 +28,9 @@ def separate(
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Separate nuclei in the maps of a region.
 
-    A pixel is nucleus where its probability passes `post.nucleus_threshold`. Seeds are the components of the
-    distance above `post.seed_threshold` inside it; flooding from them runs down the distance (Vincent & Soille
-    1991). A nucleus that reached no seed is dropped, as is one smaller than `post.min_area_um2`.
+    A pixel is nucleus where its probability passes `post.nucleus_threshold`. Seeds are the peaks of the smoothed
+    distance that stand out by `post.seed_prominence` (h-maxima, Soille 1999); flooding from them runs down the
+    distance (Vincent & Soille 1991). A nucleus without a seed is dropped, as is one below `post.min_area_um2`.
     Without a `distance` channel the Euclidean distance inside the mask serves, scaled by its local maximum.
 
     Args:
@@ -41,18 +46,50 @@ def separate(
     mask = probability > post.nucleus_threshold
     given = "distance" in output.channels
     distance = maps[output.channels.index("distance")] if given else _relative_depth(mask, mpp)
-    seeds = _components((distance > post.seed_threshold) & mask)
-    # Flooding in 1/1000 steps: integer levels make ties, and so the result, independent of the block's origin.
-    level = np.clip(-distance * 1000, -32767, 32767).astype(np.int16)
-    flooded: Any = watershed(level, seeds, mask=mask)  # type: ignore[no-untyped-call]
+    # In whole steps, smoothing, ties, and so the result, do not depend on the block's origin.
+    level = np.rint(np.clip(distance, 0, _TOP) * _STEPS).astype(np.uint16)
+    level = np.asarray(cv2.GaussianBlur(level, (0, 0), max(0.3, post.smooth_um / mpp)), np.uint16)
+    level[~mask] = 0
+    seeds = _peaks(level, max(1, round(post.seed_prominence * _STEPS)), math.ceil(_REACH_UM / mpp))
+    flooded: Any = watershed(_depth(level, seeds), seeds, mask=mask)  # type: ignore[no-untyped-call]
     labels: NDArray[np.int32] = flooded.astype(np.int32, copy=False)
     return without_small(labels, post.min_area_um2 / mpp**2), probability
 
 
-def _components(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
-    labels: Any = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4, ltype=cv2.CV_32S)[1]
+def _peaks(level: NDArray[np.uint16], prominence: int, reach: int) -> NDArray[np.int32]:
+    """Labels of the peaks from which every way to higher ground leads down by `prominence` or more.
+
+    They are the regional maxima of what is left of the level after geodesic reconstruction from `prominence` below
+    it. Ways longer than `reach` px are not followed, so that the answer is local.
+    """
+    cut = _reconstruct(cv2.subtract(level, prominence), level, reach)
+    tops = cut > _reconstruct(cv2.subtract(cut, 1), cut, reach)
+    labels: Any = cv2.connectedComponents(tops.astype(np.uint8), connectivity=8, ltype=cv2.CV_32S)[1]
     result: NDArray[np.int32] = labels
     return result
+
+
+def _reconstruct(marker: Any, level: Any, reach: int) -> Any:
+    """Geodesic reconstruction by dilation: `marker` spreads under `level`, `reach` px at most."""
+    square = np.ones((3, 3), np.uint8)
+    for _ in range(reach):
+        risen = cv2.min(cv2.dilate(marker, square), level)
+        if np.array_equal(risen, marker):
+            break
+        marker = risen
+    return marker
+
+
+def _depth(level: NDArray[np.uint16], seeds: NDArray[np.int32]) -> NDArray[np.float64]:
+    """-level, where equal seed pixels differ by less than a step in raster order.
+
+    skimage floods equals in the order of their discovery, but seeds have none: a heap's whim would decide, and another
+    block would decide otherwise.
+    """
+    depth = -level.astype(np.float64)
+    at = np.flatnonzero(seeds)
+    depth.ravel()[at] += np.arange(at.size) / (at.size + 1)
+    return depth
 
 
 def _relative_depth(mask: NDArray[np.bool_], mpp: float) -> NDArray[np.float32]:
