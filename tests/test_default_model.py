@@ -1,18 +1,22 @@
-"""The model that ships: real, attributed, small enough, and it finds nuclei in tissue that it never saw."""
+"""The model that ships: real, attributed, small enough; it finds nuclei, and can be trained further."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import nsam.runtime
 from nsam.runtime.card import ModelCard
 from nsam.runtime.metrics import mean_and_pooled, score
+from nsam.train.checkpoint import build_model
 from nsam.train.data import find_samples, read_sample
+from nsam.train.settings import NSAM
 
 MODEL = Path(nsam.runtime.__file__).parent / "default_model"
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "ihc.png"
@@ -26,7 +30,7 @@ def test_card_and_proof_are_complete() -> None:
     assert card.input.mpp == 0.25
     proof = json.loads((MODEL / "parity.json").read_text())
     assert proof["passed"]
-    assert (MODEL / "model.onnx").stat().st_size < 25e6
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) < 25e6
 
 
 def test_it_finds_the_nuclei_of_the_example() -> None:
@@ -41,12 +45,23 @@ def test_blank_glass_has_no_nuclei() -> None:
         assert nsam.runtime.segment(np.full((500, 700, 3), grey, np.uint8)).max() == 0
 
 
-@pytest.mark.parametrize(("source", "least"), [("tnbc", 0.6), ("dsb2018_he", 0.75)])
-def test_it_holds_on_other_laboratories(data_dir: Path, source: str, least: float) -> None:
-    """Neither source was trained on; ten images of each, pooled Dice."""
+@pytest.mark.parametrize(("source", "least"), [("tnbc", 0.7), ("dsb2018_he", 0.8)])
+def test_it_finds_nuclei_of_scanners(data_dir: Path, source: str, least: float) -> None:
+    """Ten images of each source, most of them trained on: a lost stain or scale would show. Pooled Dice."""
     samples = find_samples(data_dir / source)
     scores = []
     for sample in samples[:: len(samples) // 10][:10]:
         image, truth = read_sample(sample)
         scores.append(score(truth, nsam.runtime.segment(image, mpp=sample.mpp)))
     assert mean_and_pooled(scores)[1]["dice"] > least
+
+
+def test_it_is_a_base_for_training() -> None:
+    """`nsam-train --base default` has what it needs, and begins where the model that ships ends."""
+    settings = replace(NSAM, base="default")
+    model = build_model(settings)[0].eval()
+    image = np.asarray(Image.open(EXAMPLE))[:448, :448]
+    with torch.inference_mode():
+        maps = model(torch.from_numpy(image[None].copy())).numpy()
+    shipped = nsam.runtime.load(device="cpu").run(image[None])
+    assert np.abs(maps - shipped).max() < 0.1
