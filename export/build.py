@@ -187,13 +187,15 @@ def _config(settings: Settings) -> dict[str, Any]:
 
 def _training(settings: Settings, metrics: dict[str, Any]) -> dict[str, Any]:
     config = _config(settings)
-    chosen = ("recipe", "base", "tune", "epochs", "batch", "crop", "seed", "folds")
+    chosen = ("recipe", "base", "tune", "steps", "batch", "crop", "lr", "seed", "folds")
+    used = {name: config["settings"][name] for name in chosen}
+    used["base"] = "/".join(Path(used["base"]).parts[-2:])  # RUN/foldK says enough; where it lay is nobody's concern
     return {
         "data": settings.attribution,
         "limits": settings.limits,
         "data_sha256": config["data"]["sha256"],
         "commit": config["commit"],
-        "settings": {name: config["settings"][name] for name in chosen},
+        "settings": used,
         "held_out": {
             "fold": settings.fold_dir.name,
             "images": metrics["images"],

@@ -107,7 +107,7 @@ def test_the_graph_is_plain(model_dir: Path) -> None:
 def test_infer_repeats_training_s_test_figures(small_data: Path, run: Path, model_dir: Path, tmp_path: Path) -> None:
     trained = json.loads((run / "fold0" / "metrics.json").read_text())
     with (run / "folds.csv").open(newline="") as stream:
-        names = [r["image"] for r in csv.DictReader(stream) if (r["fold"], r["part"]) == ("0", "test")]
+        names = [r["image"] for r in csv.DictReader(stream) if (r["fold"], r["part"]) == ("fold0", "test")]
     samples = [s for s in find_samples(small_data) if s.name in names]
     inputs = [str(s.image) for s in samples]
     options = ["--out", str(tmp_path), "--model", str(model_dir), "--mpp", "0.25", "--device", "cpu"]
