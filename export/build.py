@@ -7,19 +7,23 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nsam.export.check import REFERENCE_NAME, write_reference
 from nsam.export.graph import add_metadata, describe_graph, export_onnx, simplify, store_weights_fp16
 from nsam.export.merge import load_merged
-from nsam.export.parity import Link, as_json, compare, real_tiles
+from nsam.export.parity import Chain, as_json, real_tiles, spread
+from nsam.export.report import as_markdown
+from nsam.export.settings import Settings
+from nsam.export.variants import make_fp16, make_int8
 from nsam.runtime.card import FileEntry, ModelCard, PostSpec, sha256_of
-from nsam.runtime.engines import load
-from nsam.runtime.errors import InputError, ModelError, OutputError
+from nsam.runtime.engines import Engine, load
+from nsam.runtime.errors import DeviceError, InputError, ModelError, OutputError
 from nsam.train.checkpoint import load_fold
 from nsam.train.data import Sample, find_extra, find_samples
 from nsam.train.evaluate import TorchEngine, draft_card
@@ -27,24 +31,6 @@ from nsam.train.exported import BASE_NAME, write_base
 from nsam.train.model import NucleusNet
 
 PACKAGES = ("nsam", "torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `nsam-export` was asked for."""
-
-    fold_dir: Path
-    out: Path
-    data: tuple[Path, ...] = ()  # the run's data, then its --extra in their order; empty: where the run found them
-    data_mpp: float | None = None  # µm/px of those images, when the run was given it
-    name: str = "nsam"
-    model_version: str = "0.1.0"
-    licence: str = "Apache-2.0"
-    attribution: str = ""  # whose data it was trained on, and under which licence
-    limits: str = ""  # what the model is not for, and where it was never tried
-    store: str = "fp32"  # fp16 halves the file; arithmetic stays fp32
-    tiles: int = 8  # real tiles on which the maps are compared
-    overwrite: bool = False
 
 
 def build(settings: Settings, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -59,7 +45,6 @@ def build(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
         raise OutputError(f"`{settings.out}`: exists; pass --overwrite to replace it, or another --out")
     model, trained = load_fold(settings.fold_dir)
     metrics = _finished_metrics(settings.fold_dir)
-    samples = validation_samples(settings)
     card = replace(
         draft_card(trained, PostSpec(**metrics["post"])),
         name=settings.name,
@@ -71,7 +56,7 @@ def build(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
     try:
         settings.out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=settings.out.parent, prefix=".nsam-export-") as scratch:
-            made = _build_in(Path(scratch), settings, card, model, samples, say)
+            made = _build_in(Path(scratch), settings, card, model, say)
             if settings.out.exists():
                 shutil.rmtree(settings.out)
             made.rename(settings.out)
@@ -84,76 +69,97 @@ def _build_in(
     scratch: Path,
     settings: Settings,
     card: ModelCard,
-    model: Any,
-    samples: list[Sample],
+    model: NucleusNet,
     say: Callable[[str], None],
 ) -> Path:
     out = scratch / "model"
     out.mkdir()
-    tiles = real_tiles(samples, card, settings.tiles)
+    validation = fold_samples(settings, "validation")
+    chain = Chain(
+        real_tiles(validation, card, settings.tiles),
+        spread(validation, settings.images),
+        out,
+        force=settings.force,
+        say=say,
+    )
+
+    def load_graph(graph: Path) -> Engine:
+        return _as_engine(graph, Path(tempfile.mkdtemp(dir=scratch)), card)
+
     cpu = torch.device("cpu")
+    say(f"proof: {len(chain.tiles)} tiles and {len(chain.samples)} labelled images that chose nothing but thresholds")
+    chain.add("torch", TorchEngine(model, card, cpu))
     merged = load_merged(settings.fold_dir)
-    chain: list[tuple[str, Any]] = [("torch", TorchEngine(model, card, cpu))]
-    links: list[Link] = []
-
-    def prove(name: str, engine: Any, by_task: bool = False) -> None:
-        link = compare(chain[-1], (name, engine), tiles, samples if by_task else None)
-        links.append(link)
-        shown = f"max |difference| of maps {link.max:.2e}"
-        if link.metrics:
-            shown += "".join(f", of {metric} {value:.4f}" for metric, value in link.metrics.items())
-        say(f"{link.before} -> {link.after}: {shown}, gate {link.gate:g}: {'passed' if link.passed else 'FAILED'}")
-        if not link.passed:
-            raise ModelError(f"parity `{link.before} -> {link.after}`: {shown}, must be at most {link.gate:g}")
-        chain.append((name, engine))
-
-    prove("merged", TorchEngine(merged, card, cpu))
-    say(f"exporting {card.input.size} px tiles")
-    plain = scratch / "onnx.onnx"
-    export_onnx(merged, card.input.size, plain)
-    prove("onnx", _as_engine(plain, scratch / "onnx", card))
-    graph = scratch / "simplified.onnx"
-    problem = simplify(plain, graph)
+    chain.prove("torch", "merged", TorchEngine(merged, card, cpu), rewrites_only=True)
+    graphs = {"exported": scratch / "exported.onnx", "simplified": scratch / "simplified.onnx"}
+    export_onnx(merged, card.input.size, graphs["exported"])
+    chain.prove("merged", "exported", load_graph(graphs["exported"]), rewrites_only=True)
+    problem = simplify(graphs["exported"], graphs["simplified"])
     if problem:
         say(f"warning: {problem}; the graph stays unsimplified")
-        graph = plain
+        del graphs["simplified"]
     else:
-        prove("simplified", _as_engine(graph, scratch / "simplified", card))
+        chain.prove("exported", "simplified", load_graph(graphs["simplified"]), rewrites_only=True)
+    fp32 = list(graphs)[-1]
+    shipped = {"model.onnx": ("fp32", graphs[fp32])}
+    details: dict[str, Any] = {}
     if settings.store == "fp16":
-        half = scratch / "half.onnx"
-        store_weights_fp16(graph, half)
-        graph = half
-        prove("weights stored as fp16", _as_engine(graph, scratch / "half", card), by_task=True)
-    for name, path in {"exported": plain, "shipped": graph}.items():
-        say(f"{name}: " + ", ".join(f"{value:,} {what}" for what, value in describe_graph(path).items()))
-    _write_model(graph, out, card, merged)
-    proof = as_json(links, len(tiles), len(samples))
+        stored = graphs["stored as fp16"] = scratch / "stored.onnx"
+        store_weights_fp16(graphs[fp32], stored)
+        chain.prove(fp32, "stored as fp16", load_graph(stored), rewrites_only=False)
+        shipped["model.onnx"] = ("fp32", stored)
+    if "fp16" in settings.precisions:
+        graphs["fp16"], details["fp16"] = make_fp16(graphs[fp32], scratch, chain, fp32, load_graph)
+        shipped["model.fp16.onnx"] = ("fp16", graphs["fp16"])
+    if "int8" in settings.precisions:
+        tiles = real_tiles(fold_samples(settings, "train"), card, settings.calibration)
+        int8, details["int8"] = make_int8(graphs[fp32], scratch, chain, fp32, load_graph, tiles, say)
+        if int8:
+            graphs["int8"] = int8
+            shipped["model.int8.onnx"] = ("int8", int8)
+    card = replace(card, failed_links=tuple(f"{k.before} -> {k.after}" for k in chain.links if not k.passed))
+    write_reference(out / REFERENCE_NAME, chain.tiles[:1], chain.maps("torch")[:1])
+    _write_model(out, card, shipped, merged)
+    if settings.tensorrt:
+        try:
+            before = "fp16" if "fp16" in graphs else fp32
+            chain.prove(before, "tensorrt", load(out, device="tensorrt"), rewrites_only=False)
+        except DeviceError as error:
+            say(f"warning: no TensorRT engine; {error}")
+    sizes = {name: describe_graph(path) for name, path in graphs.items()}
+    proof = as_json(chain, graphs=sizes, **details)
     (out / "parity.json").write_text(json.dumps(proof, indent=1) + "\n", encoding="utf-8")
+    (out / "parity.md").write_text(as_markdown(proof, card), encoding="utf-8")
+    for name, size in sizes.items():
+        say(f"{name}: " + ", ".join(f"{value:,} {what}" for what, value in size.items()))
     return out
 
 
-def _as_engine(graph: Path, folder: Path, card: ModelCard) -> Any:
+def _as_engine(graph: Path, folder: Path, card: ModelCard) -> Engine:
     """The runtime's engine over a graph: the proof passes through the code that will run it."""
-    folder.mkdir()
-    _write_model(graph, folder, card)
+    _write_model(folder, card, {"model.onnx": ("fp32", graph)})
     return load(folder, device="cpu")
 
 
-def _write_model(graph: Path, folder: Path, card: ModelCard, base: NucleusNet | None = None) -> None:
-    """`model.onnx` with the card in its metadata, what else a base needs, and `card.json` with their hashes."""
-    target = folder / "model.onnx"
-    shutil.copyfile(graph, target)
-    add_metadata(target, nsam_card=card.to_json())
-    files = {"model.onnx": FileEntry(sha256_of(target), "fp32")}
+def _write_model(
+    folder: Path, card: ModelCard, graphs: dict[str, tuple[str, Path]], base: NucleusNet | None = None
+) -> None:
+    """Graphs with the card in their metadata, what else a base needs, and `card.json` with their hashes."""
+    files = {}
+    for name, (precision, graph) in graphs.items():
+        shutil.copyfile(graph, folder / name)
+        add_metadata(folder / name, nsam_card=card.to_json())
+        files[name] = FileEntry(sha256_of(folder / name), precision)
     if base is not None:
-        write_base(base, target, folder / BASE_NAME)
+        write_base(base, folder / "model.onnx", folder / BASE_NAME)
         files[BASE_NAME] = FileEntry(sha256_of(folder / BASE_NAME), "weights")
+        files[REFERENCE_NAME] = FileEntry(sha256_of(folder / REFERENCE_NAME), "reference")
     listed = replace(card, files=files)
     (folder / "card.json").write_text(listed.to_json(), encoding="utf-8")
 
 
-def validation_samples(settings: Settings) -> list[Sample]:
-    """The fold's inner validation images, by `folds.csv`.
+def fold_samples(settings: Settings, part: str) -> list[Sample]:
+    """The images of a fold's part, `train` or `validation`, by `folds.csv`.
 
     Raises:
         InputError: they are not below the data folder.
@@ -163,7 +169,7 @@ def validation_samples(settings: Settings) -> list[Sample]:
     samples = [*find_samples(root, settings.data_mpp), *(sample for source in extra for sample in find_extra(source))]
     found = {sample.name: sample for sample in samples}
     with (run / "folds.csv").open(newline="", encoding="utf-8") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["fold"] == fold and row["part"] == "validation"]
+        rows = [row for row in csv.DictReader(stream) if row["fold"] == fold and row["part"] == part]
     missing = [row["image"] for row in rows if row["image"] not in found]
     if missing or not rows:
         raise InputError(

@@ -9,15 +9,39 @@ from typing import Any
 
 import click
 
+from nsam.export.settings import PRECISIONS, Settings
 from nsam.runtime.errors import NsamError
 
 log = logging.getLogger("nsam")
 
 
+def _precisions(context: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in PRECISIONS:
+            raise click.BadParameter(f"`{name}` is none of {', '.join(PRECISIONS)}")
+    return names
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="nsam")
-@click.argument("fold_dir", metavar="RUN/foldK", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Model directory to make.")
+@click.argument("fold_dir", metavar="[RUN/foldK]", required=False, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Model directory to make.")
+@click.option(
+    "--check",
+    metavar="MODEL",
+    type=click.Path(path_type=Path),
+    help="Verify a model directory on this machine instead.",
+)
+@click.option(
+    "--precisions",
+    metavar="LIST",
+    default=",".join(PRECISIONS),
+    callback=_precisions,
+    help="Files to make, separated by commas; fp32 always is, int8 only if it is exact enough and faster here.",
+)
+@click.option("--tensorrt", is_flag=True, help="Also build TensorRT's engine for the GPU at hand.")
+@click.option("--force", is_flag=True, help="Keep the files when a link fails its gate; the card then says so.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -30,23 +54,37 @@ log = logging.getLogger("nsam")
 @click.option("--licence", default="Apache-2.0", help="Licence in the card.")
 @click.option("--attribution", default="", help="Training data and their licence, for the card.")
 @click.option("--limits", default="", help="What the model is not for, for the card.")
-@click.option("--store", type=click.Choice(["fp32", "fp16"]), default="fp32", help="fp16 halves the file.")
+@click.option(
+    "--store", type=click.Choice(["fp32", "fp16"]), default="fp32", help="Weights of model.onnx; fp16 halves the file."
+)
 @click.option("--tiles", type=click.IntRange(1), default=8, help="Real tiles on which maps are compared.")
+@click.option(
+    "--images", type=click.IntRange(1), default=40, help="Labelled images on which Dice, AJI and PQ are compared."
+)
+@click.option("--calibration", type=click.IntRange(1), default=32, help="Training tiles for the ranges of int8.")
 @click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
-def main(verbose: bool, **options: Any) -> None:
-    """Merge LoRA, write ONNX and the card, and prove each step on real tissue.
+def main(fold_dir: Path | None, out: Path | None, check: Path | None, verbose: bool, **options: Any) -> None:
+    """Merge LoRA, write ONNX in each precision and the card, and prove each step on real tissue.
 
     \b
     nsam-export runs/nsam/fold0 --out models/nsam
+    nsam-export --check models/nsam
     """
+    if check is None and (fold_dir is None or out is None):
+        raise click.UsageError("a fold and --out are wanted, or --check MODEL")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for noisy in ("onnxscript", "onnx_ir", "torch.onnx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    from nsam.export.build import Settings, build
-
     try:
-        log.info("made %s", build(Settings(**options), log.info))
+        if check is not None:
+            from nsam.export.check import check as check_model
+
+            check_model(check, log.info)
+        else:
+            from nsam.export.build import build
+
+            log.info("made %s", build(Settings(fold_dir=fold_dir, out=out, **options), log.info))
     except NsamError as error:
         if verbose:
             raise

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import Engine
+from nsam.runtime.errors import ModelError
 from nsam.runtime.metrics import mean_and_pooled
 from nsam.runtime.slides import open_slide, read_input
 from nsam.runtime.tiles import Box, Grid
+from nsam.runtime.watershed import sigmoid
 from nsam.train.data import Sample
 from nsam.train.evaluate import score_samples
 
@@ -21,6 +25,8 @@ MAPS_GATE = 1e-4  # links that only rewrite fp32 arithmetic
 METRICS_GATE = 0.002  # links that change numbers: what matters is the nuclei
 BATCHES = (1, 2, 5)
 TASK_METRICS = ("dice", "aji", "pq")
+#: Below it the two pictures of a worst tile are one.
+VISIBLE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -32,68 +38,143 @@ class Link:
     max: float  # of |difference| over all maps
     p999: float
     mean: float
-    metrics: dict[str, float] | None  # |difference| of Dice, AJI and PQ, where the link changes numbers
-    gate: float
+    worst_tile: int  # the one with the largest difference
+    metrics: dict[str, float]  # |difference| of Dice, AJI and PQ, mean of the images
+    gate: str
     passed: bool
+
+    def __str__(self) -> str:
+        tasks = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+        verdict = "passed" if self.passed else "FAILED"
+        return f"{self.before} -> {self.after}: |difference| of maps {self.max:.2e}, of {tasks}; {self.gate}: {verdict}"
+
+
+class Chain:
+    """Engines that were run over the same tiles and images, and the links between them."""
+
+    def __init__(
+        self,
+        tiles: NDArray[np.uint8],
+        samples: Sequence[Sample],
+        pictures: Path,
+        *,
+        force: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """
+        Args:
+            tiles: (N, S, S, 3) uint8, real tissue.
+            samples: labelled images for Dice, AJI and PQ.
+            pictures: folder for the worst tile of each link that can be seen to differ.
+            force: a failed gate is kept in the links and raises nothing.
+            say: takes a line for each link.
+        """
+        self.tiles = tiles
+        self.samples = samples
+        self.links: list[Link] = []
+        self._pictures = pictures
+        self._force = force
+        self._say = say
+        self._maps: dict[str, list[NDArray[np.float32]]] = {}
+        self._scores: dict[str, dict[str, float]] = {}
+
+    def add(self, name: str, engine: Engine) -> None:
+        """Run an engine over tiles, in batches of 1, 2 and 5, and over images."""
+        self._maps[name] = [
+            np.concatenate([engine.run(self.tiles[i : i + batch]) for i in range(0, len(self.tiles), batch)])
+            for batch in BATCHES
+        ]
+        self._scores[name] = mean_and_pooled(score for _, score in score_samples(self.samples, engine))[0]
+
+    def prove(self, before: str, after: str, engine: Engine, *, rewrites_only: bool) -> Link:
+        """Run `engine` and compare it with `before`; a gate on the maps where it only rewrites fp32, else on the
+        metrics.
+
+        Raises:
+            ModelError: the gate failed, and failing was not allowed.
+        """
+        link = self.measure(before, after, engine, rewrites_only=rewrites_only)
+        self.keep(link)
+        return link
+
+    def measure(self, before: str, after: str, engine: Engine, *, rewrites_only: bool) -> Link:
+        """`prove` without a verdict's consequences: for what may be left out."""
+        self.add(after, engine)
+        pairs = zip(self._maps[before], self._maps[after], strict=True)
+        differences = np.stack([np.abs(a - b) for a, b in pairs])  # (batches, N, C, h, w)
+        largest = float(differences.max())
+        metrics = {n: abs(self._scores[before][n] - self._scores[after][n]) for n in TASK_METRICS}
+        if rewrites_only:
+            gate, passed = f"maps to {MAPS_GATE:g}", largest <= MAPS_GATE
+        else:
+            gate, passed = f"metrics to {METRICS_GATE:g}", max(metrics.values()) <= METRICS_GATE
+        return Link(
+            before,
+            after,
+            largest,
+            float(np.quantile(differences, 0.999)),
+            float(differences.mean()),
+            int(differences.max(axis=(0, 2, 3, 4)).argmax()),
+            metrics,
+            gate,
+            passed,
+        )
+
+    def keep(self, link: Link) -> None:
+        """Write a measured link down; raises as `prove`."""
+        self.links.append(link)
+        self._say(str(link))
+        if link.max > VISIBLE:
+            name = f"parity-{link.after.replace(' ', '-')}.jpg"
+            picture = worst_picture(
+                self.tiles[link.worst_tile], *(self._maps[n][0][link.worst_tile] for n in (link.before, link.after))
+            )
+            cv2.imwrite(str(self._pictures / name), picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+        if not link.passed and not self._force:
+            raise ModelError(f"parity `{link.before} -> {link.after}` failed ({link}); --force keeps the files")
+
+    def maps(self, name: str) -> NDArray[np.float32]:
+        """(N, C, h, w) of an engine, run one tile at a time."""
+        return self._maps[name][0]
 
 
 def real_tiles(samples: Sequence[Sample], card: ModelCard, count: int = 8) -> NDArray[np.uint8]:
     """Tiles (count, S, S, 3) uint8 as the runtime reads them, from images spread evenly over `samples`."""
     size = card.input.size
-    chosen = [samples[i] for i in np.linspace(0, len(samples) - 1, count).round().astype(int)]
     tiles = []
-    for sample in chosen:
+    for sample in spread(samples, count):
         with open_slide(sample.image) as slide:
             grid = Grid.of(slide.size_wh, sample.mpp, card.input.mpp, card.output.stride)
             tiles.append(read_input(slide, Box(0, 0, size, size), grid))
     return np.stack(tiles)
 
 
-def compare(
-    before: tuple[str, Engine],
-    after: tuple[str, Engine],
-    tiles: NDArray[np.uint8],
-    samples: Sequence[Sample] | None = None,
-) -> Link:
-    """Compare two engines on tiles in batches of 1, 2 and 5; with `samples`, by the task's metrics as well.
-
-    Args:
-        before, after: name and engine.
-        tiles: (N, S, S, 3) uint8, real tissue.
-        samples: labelled images; given, the gate is on Dice, AJI and PQ, else on the maps.
-    """
-    differences = np.concatenate(
-        [
-            np.abs(before[1].run(tiles[i : i + batch]) - after[1].run(tiles[i : i + batch])).ravel()
-            for batch in BATCHES
-            for i in range(0, len(tiles), batch)
-        ]
-    )
-    largest = float(differences.max())
-    if samples is None:
-        metrics, gate, passed = None, MAPS_GATE, largest <= MAPS_GATE
-    else:
-        means = [mean_and_pooled(s for _, s in score_samples(samples, engine))[0] for _, engine in (before, after)]
-        metrics = {name: abs(means[0][name] - means[1][name]) for name in TASK_METRICS}
-        gate, passed = METRICS_GATE, max(metrics.values()) <= METRICS_GATE
-    return Link(
-        before[0],
-        after[0],
-        largest,
-        float(np.quantile(differences, 0.999)),
-        float(differences.mean()),
-        metrics,
-        gate,
-        passed,
-    )
+def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """`count` of the samples, evenly; all of them where there are fewer."""
+    places = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
+    return [samples[i] for i in places]
 
 
-def as_json(links: Sequence[Link], tiles: int, images: int) -> dict[str, Any]:
+def worst_picture(
+    tile: NDArray[np.uint8], before: NDArray[np.float32], after: NDArray[np.float32]
+) -> NDArray[np.uint8]:
+    """(S, 4 S, 3) uint8 RGB: the tile, the nucleus probability of both, and their |difference|, white at .1."""
+    size = (tile.shape[1], tile.shape[0])
+    one, other = sigmoid(before[0]), sigmoid(after[0])
+    panels = [tile]
+    for values in (one, other, np.minimum(np.abs(one - other) * 10, 1)):
+        grey = cv2.resize((values * 255).astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+        panels.append(cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB))
+    return np.concatenate(panels, axis=1)
+
+
+def as_json(chain: Chain, **more: Any) -> dict[str, Any]:
     """What `parity.json` holds."""
     return {
-        "tiles": tiles,
+        "tiles": len(chain.tiles),
         "batches": list(BATCHES),
-        "images": images,
-        "passed": all(link.passed for link in links),
-        "links": [asdict(link) for link in links],
+        "images": len(chain.samples),
+        "passed": all(link.passed for link in chain.links),
+        "links": [asdict(link) for link in chain.links],
+        **more,
     }

@@ -44,7 +44,7 @@ def run(settings: Settings) -> int:
     begin = time.monotonic()
     paths = find_slides(settings.inputs)
     _check_writable(settings.out)
-    engine = engines.load(settings.model, settings.device, settings.threads, settings.tta)
+    engine = engines.load(settings.model, settings.device, settings.threads, settings.tta, settings.precision)
     click.echo(f"device: {engine.device}")
     job = _Job(settings, engine, _run_hash(engine.card, settings))
     failed_csv = settings.out / "failed.csv"

@@ -75,6 +75,8 @@ class ModelCard:
     training: dict[str, Any] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
     tool_versions: dict[str, str] = field(default_factory=dict)
+    #: Links of the export's chain that failed their gate and were kept all the same.
+    failed_links: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.input.size <= 0 or self.input.size % self.input.multiple_of:

@@ -1,32 +1,41 @@
-"""Engines: the network on whatever runs it here, behind one face. ONNX Runtime, on CPU, CUDA or TensorRT."""
+"""Engines: the network on whatever runs it here, behind one face."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nsam.runtime.card import ModelCard
-from nsam.runtime.errors import DeviceError, ModelError
-from nsam.runtime.settings import Device
+from nsam.runtime.errors import DeviceError, ModelError, UnfitError
+from nsam.runtime.settings import Device, Precision
 from nsam.runtime.tta import Averaged
 
-_PROVIDERS = {
-    "cpu": ["CPUExecutionProvider"],
-    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
-    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+#: The file of a model directory in which a precision is; bf16 is fp32's file, rounded by the engine.
+FILES = {"fp32": "model.onnx", "bf16": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+
+#: What each device runs, the fastest first. A precision whose file is not there is passed over.
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "cpu": ("int8", "fp32"),
+    "openvino": ("bf16", "fp32"),
+    "cuda": ("fp16", "fp32"),
+    "tensorrt": ("fp16", "fp32"),
 }
+
+#: What `auto` tries, the fastest first.
+AUTO = ("cuda", "openvino", "cpu")
 
 
 class Engine(Protocol):
     """A network that is ready to run."""
 
     card: ModelCard
-    device: str  # what is really in use, e.g. "cpu (ONNX Runtime 1.20, 2 threads)"
+    device: str  # what is really in use, e.g. "cpu fp32 (ONNX Runtime 1.20, 2 threads)"
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Maps of a batch of tiles.
@@ -42,121 +51,91 @@ class Engine(Protocol):
         """
 
 
-def load(model_dir: Path | None = None, device: Device = "auto", threads: int | None = None, tta: int = 1) -> Engine:
-    """Load a model directory's `model.onnx`, after checking it against the card.
+def load(
+    model_dir: Path | None = None,
+    device: Device = "auto",
+    threads: int | None = None,
+    tta: int = 1,
+    precision: Precision = "auto",
+) -> Engine:
+    """Load a file of a model directory, after checking it against the card.
 
     Args:
         model_dir: a folder made by nsam-export; None: the model that comes with nsam.
-        device: `auto` takes CUDA where it can be had, else the CPU; `Engine.device` then says why.
+        device: `auto` takes the first of CUDA, OpenVINO and ONNX Runtime's CPU that can be had;
+            `Engine.device` then says what kept it from the others.
         threads: CPU threads; None: as many as `available_cores`.
         tta: views of each tile whose maps are averaged; see `tta.Averaged`.
+        precision: `auto` takes the fastest that the device runs and the folder holds.
 
     Raises:
         ModelError: card, file and graph do not fit together; the message names the field.
-        DeviceError: ONNX Runtime is missing, or the device cannot be had.
+        DeviceError: a library is missing, or the device cannot be had.
     """
     model_dir = model_dir or Path(__file__).parent / "default_model"
     card = ModelCard.read(model_dir)
-    path = card.verify_file(model_dir, "model.onnx")
-    engine = _engine(path, card, device, threads or available_cores())
-    return Averaged(engine, tta) if tta > 1 else engine
-
-
-def _engine(path: Path, card: ModelCard, device: Device, threads: int) -> Engine:
-    if device != "auto":
-        return _OnnxEngine(path, card, device, threads)
-    try:
-        return _OnnxEngine(path, card, "cuda", threads)
-    except DeviceError as error:
-        return _OnnxEngine(path, card, "cpu", threads, f"; {error}")
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use: its affinity and the container's quota (cgroup v2), at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-
-
-class _OnnxEngine(Engine):
-    """`model.onnx` in an ONNX Runtime session."""
-
-    def __init__(self, path: Path, card: ModelCard, device: str, threads: int, note: str = "") -> None:
-        """Load and check; `note` is added to `device`. Raises as `load`."""
-        self.card = card
-        self._session = _session(path, device, threads)
-        _check_graph(path, card, self._session)
-        version = ".".join(_onnxruntime().__version__.split(".")[:2])
-        cores = f", {threads} threads" if device == "cpu" else ""
-        self.device = f"{device} (ONNX Runtime {version}{cores}{note})"
-
-    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    missed: list[str] = []
+    for name in AUTO if device == "auto" else (device,):
         try:
-            maps: NDArray[np.float32] = self._session.run(["maps"], {"image": images})[0]
-        except Exception as error:  # ONNX Runtime's errors have no class in common
-            raise DeviceError(
-                f"{self.device}: a batch of {len(images)} failed ({_first_line(error)}); try a smaller one"
-            ) from error
-        return maps
+            engine = _engine(model_dir, card, name, threads or available_cores(), precision)
+        except DeviceError as error:
+            if name == AUTO[-1] or device != "auto":
+                raise
+            missed.append(str(error))
+            continue
+        notes = [*missed, *(f"parity failed at {link} when the model was made" for link in card.failed_links)]
+        engine.device += "".join(f"; {note}" for note in notes)
+        return Averaged(engine, tta) if tta > 1 else engine
+    raise AssertionError("`AUTO` ends with a device that is had or raises")
 
 
-def _onnxruntime() -> Any:
-    # Imported late: a missing ONNX Runtime is told when it is needed, and costs nothing before.
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise DeviceError(
-            "onnxruntime is not installed; pip install 'nsam[cpu]', or 'nsam[gpu]' for an NVIDIA GPU"
-        ) from error
-    return onnxruntime
+def _engine(model_dir: Path, card: ModelCard, device: str, threads: int, wanted: Precision) -> Engine:
+    known = PRECISIONS[device]
+    if wanted != "auto" and wanted not in known:
+        raise DeviceError(f"`{device}` does not run {wanted}; --precision may be {', '.join(known)}")
+    listed = [precision for precision in known if FILES[precision] in card.files]
+    if not listed or (wanted != "auto" and wanted not in listed):
+        missing = FILES[known[-1] if wanted == "auto" else wanted]
+        raise ModelError(f"`{model_dir / missing}`: the card does not list it; nsam-export makes it")
+    make = _maker(device)
+    for precision in listed if wanted == "auto" else [wanted]:
+        path = card.verify_file(model_dir, FILES[precision])
+        try:
+            return make(path, card, device, precision, threads)
+        except UnfitError:
+            if wanted != "auto":
+                raise
+    raise AssertionError("the last precision of every device is had or raises")
 
 
-def _session(path: Path, device: str, threads: int) -> Any:
-    """A session that really has the device."""
-    ort = _onnxruntime()
-    providers = _PROVIDERS[device]
-    if providers[0] not in ort.get_available_providers():
-        raise DeviceError(
-            f"`{device}` cannot be had: this onnxruntime has no {providers[0]}; "
-            "nsam[gpu] brings one that has, in place of nsam[cpu]"
-        )
-    if device != "cpu" and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # CUDA and cuDNN from pip's packages
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Threads that spin while they wait take the cores from reading and separating.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        # With its fallback ONNX Runtime goes on without the GPU, at loading as at any batch.
-        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
-    except Exception as error:  # ONNX Runtime's errors have no class in common
-        if device == "cpu":
-            raise ModelError(f"`{path}`: ONNX Runtime cannot load it ({_first_line(error)})") from error
-        raise DeviceError(f"`{device}` cannot be had: {_first_line(error)}") from error
-    if session.get_providers()[0] != providers[0]:
-        raise DeviceError(
-            f"`{device}` cannot be had: {providers[0]} did not start; check the driver and CUDA's libraries"
-        )
-    return session
+def _maker(device: str) -> Callable[[Path, ModelCard, str, str, int], Engine]:
+    """The engine class of a device, imported only when it is asked for."""
+    if device == "openvino":
+        from nsam.runtime.openvino_engine import OpenvinoEngine
+
+        return OpenvinoEngine
+    if device == "tensorrt" and _has_tensorrt():
+        from nsam.runtime.tensorrt_engine import TensorrtEngine
+
+        return TensorrtEngine
+    from nsam.runtime.onnx_engine import OnnxEngine
+
+    return OnnxEngine
 
 
-def _check_graph(path: Path, card: ModelCard, session: Any) -> None:
-    """Refuse a graph that is not what the card says."""
-    size, stride = card.input.size, card.output.stride
-    expected = {
-        "input": ("image", "tensor(uint8)", (size, size, 3)),
-        "output": ("maps", "tensor(float)", (len(card.output.channels), size // stride, size // stride)),
-    }
-    for side, tensors in (("input", session.get_inputs()), ("output", session.get_outputs())):
-        found = [(tensor.name, tensor.type, tuple(tensor.shape[1:])) for tensor in tensors]
-        if found != [expected[side]]:
-            raise ModelError(f"`{path}`: by card field `{side}` the graph's is {expected[side]}, it has {found}")
-        if isinstance(tensors[0].shape[0], int):
-            raise ModelError(f"`{path}`: the graph's {side} takes a fixed batch of {tensors[0].shape[0]} only")
-    embedded = session.get_modelmeta().custom_metadata_map.get("nsam_card")
+def _has_tensorrt() -> bool:
+    """NVIDIA's own package; without it ONNX Runtime's TensorRT provider serves."""
+    from importlib.util import find_spec
+
+    return find_spec("tensorrt") is not None
+
+
+def check_embedded(path: Path, card: ModelCard, embedded: str | None) -> None:
+    """Refuse a graph whose own card differs from the one beside it.
+
+    Raises:
+        ModelError: naming the field.
+    """
     if embedded is None:
         raise ModelError(f"`{path}`: no `nsam_card` in its metadata; export the model again")
     inner = ModelCard.from_json(embedded, f"{path}:nsam_card")
@@ -170,5 +149,40 @@ def _check_graph(path: Path, card: ModelCard, session: Any) -> None:
                 )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def check_tensors(
+    path: Path,
+    card: ModelCard,
+    inputs: list[tuple[str, str, tuple[int | None, ...]]],
+    outputs: list[tuple[str, str, tuple[int | None, ...]]],
+) -> None:
+    """Refuse a graph that does not take and give what the card says.
+
+    Args:
+        path: for the message.
+        card: the card.
+        inputs, outputs: (name, `uint8` or `float32`, shape with None for what is dynamic) of each tensor.
+
+    Raises:
+        ModelError: naming the side.
+    """
+    size, stride = card.input.size, card.output.stride
+    expected = {
+        "input": ("image", "uint8", (size, size, 3)),
+        "output": ("maps", "float32", (len(card.output.channels), size // stride, size // stride)),
+    }
+    for side, tensors in (("input", inputs), ("output", outputs)):
+        found = [(name, kind, shape[1:]) for name, kind, shape in tensors]
+        if found != [expected[side]]:
+            raise ModelError(f"`{path}`: by card field `{side}` the graph's is {expected[side]}, it has {found}")
+        if tensors[0][2][0] is not None:
+            raise ModelError(f"`{path}`: the graph's {side} takes a fixed batch of {tensors[0][2][0]} only")
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use: its affinity and the container's quota (cgroup v2), at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))

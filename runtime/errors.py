@@ -24,3 +24,12 @@ class OutputError(NsamError):
 
 class DeviceError(NsamError):
     """A device that was asked for and cannot be had."""
+
+
+class UnfitError(DeviceError):
+    """The device is there, but does not run this precision."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, without its traceback of native code."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -129,7 +129,9 @@ def _compact(labels: NDArray[Any]) -> NDArray[np.intp]:
     if flat.size and flat.min() >= 0 and flat.max() <= flat.size:  # a lookup, ten times as fast as sorting
         used = np.bincount(flat) > 0
         used[0] = False
-        return np.where(used, np.cumsum(used), 0)[flat]
+        lookup: NDArray[np.intp] = np.where(used, np.cumsum(used), 0)
+        compact: NDArray[np.intp] = lookup[flat]
+        return compact
     ids, inverse = np.unique(np.append(flat, 0), return_inverse=True)
     order = np.where(ids == 0, 0, np.arange(ids.size) + (ids < 0))
     return order[inverse.ravel()[:-1]]

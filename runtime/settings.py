@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Device = Literal["auto", "cpu", "cuda", "tensorrt"]
+Device = Literal["auto", "cpu", "openvino", "cuda", "tensorrt"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 #: What can be written for a slide, and the file's name.
 OUTPUTS = {
@@ -31,6 +32,8 @@ class Settings:
     mpp: float | None = None
     #: `auto` runs everywhere and says what it took; a device that is asked for is had or is an error.
     device: Device = "auto"
+    #: `auto` takes the fastest that the device runs and the model brings; each passed its parity gate.
+    precision: Precision = "auto"
     #: CPU threads of the network; None: the cores of the container, which a library would overlook.
     threads: int | None = None
     #: Tiles a pass. Four fill a GPU fairly at little memory; on a CPU the number hardly matters.

@@ -43,7 +43,7 @@ def test_run(tiny_model: Path, batch: int) -> None:
 
 def test_device_is_what_runs(tiny_model: Path) -> None:
     engine = load(tiny_model, "cpu", threads=2)
-    assert engine.device.startswith("cpu (ONNX Runtime 1.")
+    assert engine.device.startswith("cpu fp32 (ONNX Runtime 1.")
     assert engine.device.endswith(", 2 threads)")
 
 
@@ -77,7 +77,7 @@ def test_provider_that_falls_back_is_noticed(tiny_model: Path, monkeypatch: pyte
 def test_missing_onnxruntime(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(DeviceError, match=r"pip install 'nsam\[cpu\]'"):
-        load(tiny_model)
+        load(tiny_model, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""`nsam-export --check`: does a model directory hold what its card says, and run so on this machine?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsam.export.graph import check_graph
+from nsam.export.parity import BATCHES
+from nsam.runtime.card import ModelCard
+from nsam.runtime.engines import load
+from nsam.runtime.errors import ModelError
+from nsam.runtime.metrics import score
+from nsam.runtime.watershed import separate
+
+REFERENCE_NAME = "reference.npz"
+#: PQ between the reference's nuclei and those found here; precisions differ in a border pixel now and then.
+LEAST_AGREEMENT = 0.98
+#: A tile's maps may not depend on what else is in its batch.
+BATCH_TOLERANCE = 1e-2
+
+
+def write_reference(path: Path, tile: NDArray[np.uint8], maps: NDArray[np.float32]) -> None:
+    """Keep one real tile (1, S, S, 3) and its maps (1, C, h, w) by torch, for machines without torch or data."""
+    np.savez_compressed(path, tile=tile, maps=maps.astype(np.float16))
+
+
+def check(model_dir: Path, say: Callable[[str], None] = lambda line: None) -> None:
+    """Verify hashes, card, graphs, batch sizes and agreement with the reference.
+
+    Raises:
+        ModelError: something does not fit; the message says what.
+        DeviceError: ONNX Runtime is missing.
+    """
+    card = ModelCard.read(model_dir)
+    for name in card.files:
+        card.verify_file(model_dir, name)
+    say(f"card of {card.name} {card.version}; {len(card.files)} files have their hashes")
+    proof = json.loads(_readable(model_dir / "parity.json"))
+    if not proof["passed"]:
+        raise ModelError(f"`{model_dir}`: parity failed when it was made ({', '.join(card.failed_links)})")
+    say(f"parity: {len(proof['links'])} links passed when it was made")
+    with np.load(card.verify_file(model_dir, REFERENCE_NAME), allow_pickle=False) as stored:
+        tile, maps = stored["tile"], stored["maps"].astype(np.float32)
+    nuclei = _nuclei(maps[0], card)
+    for name, entry in card.files.items():
+        if not name.endswith(".onnx"):
+            continue
+        check_graph(model_dir / name)
+        engine = load(model_dir, device="cpu", precision=entry.precision)
+        alone = engine.run(tile)[0]
+        for batch in BATCHES:
+            images = np.zeros((batch, *tile.shape[1:]), np.uint8)
+            images[-1] = tile[0]
+            apart = float(np.abs(engine.run(images)[-1] - alone).max())
+            if apart > BATCH_TOLERANCE:
+                raise ModelError(f"`{model_dir / name}`: in a batch of {batch} a tile's maps change by {apart:.2g}")
+        agreement = score(nuclei, _nuclei(alone, card)).pq
+        apart = float(np.abs(alone - maps[0]).max())
+        shown = f"maps within {apart:.2g} of the reference, PQ of its {nuclei.max()} nuclei {agreement:.4f}"
+        if agreement < LEAST_AGREEMENT:
+            raise ModelError(f"`{model_dir / name}`: {shown}, must be at least {LEAST_AGREEMENT}")
+        say(f"{name} on {engine.device}: batches of {', '.join(map(str, BATCHES))} agree; {shown}")
+
+
+def _nuclei(maps: NDArray[np.float32], card: ModelCard) -> NDArray[np.int32]:
+    return separate(maps, card.output, card.post, card.input.mpp * card.output.stride)[0]
+
+
+def _readable(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"`{path}`: cannot be read; export the model again") from error

@@ -1,0 +1,31 @@
+"""Settings of `nsam-export`: light to import, for the command's options are built from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `nsam-export` was asked for."""
+
+    fold_dir: Path
+    out: Path
+    data: tuple[Path, ...] = ()  # the run's data, then its --extra in their order; empty: where the run found them
+    data_mpp: float | None = None  # µm/px of those images, when the run was given it
+    name: str = "nsam"
+    model_version: str = "0.1.0"
+    licence: str = "Apache-2.0"
+    attribution: str = ""  # whose data it was trained on, and under which licence
+    limits: str = ""  # what the model is not for, and where it was never tried
+    store: str = "fp32"  # weights of model.onnx: fp16 halves the file, arithmetic stays fp32
+    precisions: tuple[str, ...] = PRECISIONS  # which files; fp32 is always made
+    tiles: int = 8  # real tiles on which the maps are compared
+    images: int = 40  # labelled images on which Dice, AJI and PQ are
+    calibration: int = 32  # tiles of training images for the ranges of int8
+    tensorrt: bool = False  # build the engine of the GPU at hand, too
+    force: bool = False  # keep what failed a gate, and say so in the card
+    overwrite: bool = False

@@ -1,0 +1,113 @@
+"""ONNX Runtime, on CPU, CUDA or its TensorRT provider: the reference, and what runs everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsam.runtime.card import ModelCard
+from nsam.runtime.engines import check_embedded, check_tensors
+from nsam.runtime.errors import DeviceError, ModelError, first_line
+
+_PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+_KINDS = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
+#: Tiles a pass that TensorRT's engine is built for; more are refused by it.
+_LARGEST_BATCH = 64
+
+
+class OnnxEngine:
+    """A graph in an ONNX Runtime session."""
+
+    def __init__(self, path: Path, card: ModelCard, device: str, precision: str, threads: int) -> None:
+        """Load and check.
+
+        Raises:
+            ModelError: the graph cannot be loaded or does not fit the card.
+            DeviceError: ONNX Runtime is missing, or has not this device.
+        """
+        self.card = card
+        self._session = _session(path, card, device, threads)
+        sides = (
+            [(t.name, _KINDS.get(t.type, t.type), _shape(t.shape)) for t in tensors]
+            for tensors in (self._session.get_inputs(), self._session.get_outputs())
+        )
+        check_tensors(path, card, *sides)
+        check_embedded(path, card, self._session.get_modelmeta().custom_metadata_map.get("nsam_card"))
+        version = ".".join(_onnxruntime().__version__.split(".")[:2])
+        cores = f", {threads} threads" if device == "cpu" else ""
+        self.device = f"{device} {precision} (ONNX Runtime {version}{cores})"
+
+    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See `Engine.run`."""
+        try:
+            maps: NDArray[np.float32] = self._session.run(["maps"], {"image": images})[0]
+        except Exception as error:  # ONNX Runtime's errors have no class in common
+            raise DeviceError(
+                f"{self.device}: a batch of {len(images)} failed ({first_line(error)}); try a smaller one"
+            ) from error
+        return maps
+
+
+def _onnxruntime() -> Any:
+    # Imported late: a missing ONNX Runtime is told when it is needed, and costs nothing before.
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DeviceError(
+            "onnxruntime is not installed; pip install 'nsam[cpu]', or 'nsam[gpu]' for an NVIDIA GPU"
+        ) from error
+    return onnxruntime
+
+
+def _session(path: Path, card: ModelCard, device: str, threads: int) -> Any:
+    """A session that really has the device."""
+    ort = _onnxruntime()
+    providers: list[Any] = list(_PROVIDERS[device])
+    first = providers[0]
+    if first not in ort.get_available_providers():
+        raise DeviceError(
+            f"`{device}` cannot be had: this onnxruntime has no {first}; "
+            "nsam[gpu] brings one that has, in place of nsam[cpu]"
+        )
+    if device != "cpu" and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA and cuDNN from pip's packages
+    if device == "tensorrt":
+        providers[0] = (first, _tensorrt_options(path, card))
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Threads that spin while they wait take the cores from reading and separating.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        # With its fallback ONNX Runtime goes on without the GPU, at loading as at any batch.
+        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's errors have no class in common
+        if device == "cpu":
+            raise ModelError(f"`{path}`: ONNX Runtime cannot load it ({first_line(error)})") from error
+        raise DeviceError(f"`{device}` cannot be had: {first_line(error)}") from error
+    if session.get_providers()[0] != first:
+        raise DeviceError(f"`{device}` cannot be had: {first} did not start; check the driver and CUDA's libraries")
+    return session
+
+
+def _tensorrt_options(path: Path, card: ModelCard) -> dict[str, str]:
+    """One engine for all batches, kept beside the model: building takes minutes."""
+    side = card.input.size
+    shapes = {name: f"image:{n}x{side}x{side}x3" for name, n in (("min", 1), ("opt", 8), ("max", _LARGEST_BATCH))}
+    return {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(path.parent),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(path.parent),
+        **{f"trt_profile_{name}_shapes": shape for name, shape in shapes.items()},
+    }
+
+
+def _shape(shape: list[Any]) -> tuple[int | None, ...]:
+    return tuple(side if isinstance(side, int) else None for side in shape)

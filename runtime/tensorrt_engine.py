@@ -1,0 +1,233 @@
+"""NVIDIA's TensorRT without torch: an engine built from the ONNX file on the GPU that runs it.
+
+Written against the Python API of TensorRT 10 and 11. An engine ("plan") is bound to the GPU, the TensorRT version and
+the graph; its name and the JSON beside it say to which, and where they differ it is built anew.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsam.runtime.card import ModelCard, sha256_of
+from nsam.runtime.engines import check_tensors
+from nsam.runtime.errors import DeviceError
+
+_log = logging.getLogger(__name__)
+
+#: Batches of an engine: smallest, the one it is tuned for, largest; `run` cuts larger ones.
+BATCHES = (1, 8, 16)
+WORKSPACE_BYTES = 2 << 30  # of a T4's 16 GB
+_KINDS = {"UINT8": "uint8", "FLOAT": "float32"}
+
+
+class TensorrtEngine:
+    """A plan with pinned buffers and one stream."""
+
+    def __init__(self, path: Path, card: ModelCard, device: str, precision: str, threads: int) -> None:
+        """Load the plan for this GPU; build it, which takes minutes, where there is none.
+
+        Raises:
+            ModelError: the plan does not fit the card.
+            DeviceError: tensorrt or cuda-python is missing, or there is no GPU for them.
+        """
+        trt, cuda = _libraries()
+        self.card = card
+        self._cuda = cuda
+        sm, gpu = _gpu(cuda)
+        plan = plan_for(path, card, trt, sm, gpu)
+        logger = trt.Logger(trt.Logger.WARNING)
+        self._runtime = trt.Runtime(logger)
+        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        if self._engine is None:
+            raise DeviceError(f"`{plan}`: TensorRT {trt.__version__} cannot load it; delete it and it is built anew")
+        check_tensors(path, card, *_sides(trt, self._engine))
+        self._context = self._engine.create_execution_context()
+        self._stream = _checked(cuda, cuda.cudaStreamCreate())
+        size, largest = card.input.size, BATCHES[-1]
+        side = size // card.output.stride
+        self._images = _Buffer(cuda, (largest, size, size, 3), np.dtype(np.uint8))
+        self._maps = _Buffer(cuda, (largest, len(card.output.channels), side, side), np.dtype(np.float32))
+        self.device = f"tensorrt {precision} (TensorRT {trt.__version__}, {gpu})"
+
+    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See `Engine.run`."""
+        parts = [self._run(images[i : i + BATCHES[-1]]) for i in range(0, len(images), BATCHES[-1])]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        cuda, n, stream = self._cuda, len(images), self._stream
+        kinds = cuda.cudaMemcpyKind
+        self._images.host[:n] = images
+        self._images.copy(n, kinds.cudaMemcpyHostToDevice, stream)
+        ok = self._context.set_input_shape("image", images.shape)
+        for name, buffer in (("image", self._images), ("maps", self._maps)):
+            ok = ok and self._context.set_tensor_address(name, buffer.device)
+        if not (ok and self._context.execute_async_v3(int(stream))):
+            raise DeviceError(f"{self.device}: a batch of {n} failed; try a smaller one")
+        self._maps.copy(n, kinds.cudaMemcpyDeviceToHost, stream)
+        _checked(cuda, cuda.cudaStreamSynchronize(stream))
+        maps: NDArray[np.float32] = self._maps.host[:n].copy()
+        return maps
+
+
+class _Buffer:
+    """The same array in pinned memory and on the GPU; freed with the process."""
+
+    def __init__(self, cuda: Any, shape: tuple[int, ...], kind: np.dtype[Any]) -> None:
+        self._cuda = cuda
+        bytes_ = int(np.prod(shape)) * kind.itemsize
+        self.device = int(_checked(cuda, cuda.cudaMalloc(bytes_)))
+        self._pinned = int(_checked(cuda, cuda.cudaMallocHost(bytes_)))
+        raw: Any = (ctypes.c_uint8 * bytes_).from_address(self._pinned)
+        self.host: NDArray[Any] = np.frombuffer(raw, kind).reshape(shape)
+
+    def copy(self, n: int, kind: Any, stream: Any) -> None:
+        """The first n tiles, in the direction `kind`."""
+        size = self.host[:n].nbytes
+        to_device = kind == self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        target, source = (self.device, self._pinned) if to_device else (self._pinned, self.device)
+        _checked(self._cuda, self._cuda.cudaMemcpyAsync(target, source, size, kind, stream))
+
+
+def plan_for(path: Path, card: ModelCard, trt: Any, sm: int, gpu: str) -> Path:
+    """The plan of a graph for this GPU and this TensorRT, built if need be.
+
+    It lies beside the model, or where that cannot be written in the user's cache.
+
+    Raises:
+        DeviceError: TensorRT cannot build it.
+    """
+    name = f"model.sm{sm}-trt{trt.__version__}-b{BATCHES[-1]}-{card.input.size}.plan"
+    graph = sha256_of(path)
+    for folder in _homes(path.parent):
+        plan = folder / name
+        about = _read_about(plan)
+        if about.get("graph_sha256") == graph and plan.is_file() and about.get("sha256") == sha256_of(plan):
+            return plan
+    _log.warning("building an engine for %s with TensorRT %s; this takes minutes, once", gpu, trt.__version__)
+    for folder in _homes(path.parent):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            cache = folder / f"model.sm{sm}-trt{trt.__version__}.timing"
+            content = build_plan(path, card, trt, cache)
+            _write(folder / name, content)
+            about = {"graph_sha256": graph, "sha256": hashlib.sha256(content).hexdigest(), "gpu": gpu}
+            _write(folder / f"{name}.json", (json.dumps(about, indent=2) + "\n").encode())
+        except OSError as error:
+            _log.warning("`%s`: cannot hold the engine (%s)", folder, error.strerror or error)
+            continue
+        return folder / name
+    raise DeviceError(f"`{path.parent}`: neither it nor the user's cache can hold the engine")
+
+
+def build_plan(path: Path, card: ModelCard, trt: Any, timing_cache: Path) -> bytes:
+    """Build a plan for the GPU at hand. The precision is the graph's own: typing is strong.
+
+    Args:
+        path: `model.onnx` or `model.fp16.onnx`.
+        card: for the tile's side.
+        trt: the tensorrt module, 10 or 11.
+        timing_cache: read if it is there, written at the end: later builds are quicker.
+
+    Raises:
+        DeviceError: TensorRT does not take the graph; its own words are in the message.
+    """
+    logger = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(logger)
+    # From 11 on every network is strongly typed and the flag is of no use.
+    strong = int(trt.__version__.split(".")[0]) < 11
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if strong else 0
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(path.read_bytes()):
+        reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise DeviceError(f"`{path}`: TensorRT {trt.__version__} cannot read it ({reasons})")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
+    cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=True)
+    profile = builder.create_optimization_profile()
+    size = card.input.size
+    profile.set_shape("image", *((n, size, size, 3) for n in BATCHES))
+    config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise DeviceError(f"`{path}`: TensorRT {trt.__version__} cannot build an engine of it; -v shows its log")
+    _write(timing_cache, bytes(config.get_timing_cache().serialize()))
+    return bytes(plan)
+
+
+def _libraries() -> tuple[Any, Any]:
+    try:
+        import tensorrt
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise DeviceError(
+            f"`tensorrt` cannot be had: {error.name} is not installed; pip install 'nsam[tensorrt]'"
+        ) from error
+    return tensorrt, runtime
+
+
+def _gpu(cuda: Any) -> tuple[int, str]:
+    """(compute capability as 75 for 7.5, name) of the current GPU."""
+    properties = _checked(cuda, cuda.cudaGetDeviceProperties(_checked(cuda, cuda.cudaGetDevice())))
+    name = properties.name
+    return 10 * properties.major + properties.minor, name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _checked(cuda: Any, result: tuple[Any, ...]) -> Any:
+    """The value of a CUDA call.
+
+    Raises:
+        DeviceError: the call failed.
+    """
+    status, *values = result
+    if int(status) != 0:
+        told = cuda.cudaGetErrorString(status)[1]
+        raise DeviceError(f"`tensorrt` cannot be had: CUDA says {told.decode() if isinstance(told, bytes) else told}")
+    return values[0] if values else None
+
+
+def _sides(trt: Any, engine: Any) -> Iterator[list[tuple[str, str, tuple[int | None, ...]]]]:
+    """Inputs, then outputs of a plan as `check_tensors` wants them."""
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    for mode in (trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT):
+        yield [
+            (
+                name,
+                _KINDS.get(engine.get_tensor_dtype(name).name, engine.get_tensor_dtype(name).name),
+                tuple(None if side < 0 else int(side) for side in engine.get_tensor_shape(name)),
+            )
+            for name in names
+            if engine.get_tensor_mode(name) == mode
+        ]
+
+
+def _homes(model_dir: Path) -> list[Path]:
+    """Where plans may lie: beside the model, or in the user's cache, apart by the model's place."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [model_dir, cache / "nsam" / hashlib.sha256(bytes(model_dir.resolve())).hexdigest()[:16]]
+
+
+def _read_about(plan: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(plan.with_name(f"{plan.name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
