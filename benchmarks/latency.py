@@ -1,60 +1,221 @@
-"""Latency of the network by batch size, on the device at hand, through the runtime's own engine."""
+"""Latency of the network on every engine, precision and batch at hand, and the share of the machine's peak it reaches.
+
+Each setting runs in a process of its own: its memory and its start are its alone.
+"""
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
+import os
 import platform
+import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import click
 
-from nsam.runtime.engines import load
+DEVICES = ("cpu:fp32", "cpu:int8", "openvino:fp32", "openvino:bf16", "cuda:fp32", "cuda:fp16", "tensorrt:fp16")
+WARM_UP = 3
+MATRIX = 2048
 
 
-def main() -> None:
-    """Print a table, and write the same figures as JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, help="model directory [default: the one that comes with nsam]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or tensorrt [%(default)s]")
-    parser.add_argument("--threads", type=int, help="CPU threads [default: all cores]")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="tiles a pass [1 4]")
-    parser.add_argument("--passes", type=int, default=20, help="timed passes, after 3 that are not [%(default)s]")
-    parser.add_argument("--json", type=Path, help="file to write")
-    args = parser.parse_args()
-
-    began = time.perf_counter()
-    engine = load(args.model, device=args.device, threads=args.threads)
-    loading_s = time.perf_counter() - began
-    card = engine.card
-    kept = card.input.size - 2 * card.post.tile_halo_px
-    tile_mm2 = (kept * card.input.mpp / 1000) ** 2
-    rows = []
-    for batch in args.batches:
-        shape = (batch, card.input.size, card.input.size, 3)
-        images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)  # cost does not depend on content
-        times_ms = []
-        for _ in range(3 + args.passes):
-            began = time.perf_counter()
-            engine.run(images)
-            times_ms.append(1000 * (time.perf_counter() - began))
-        p50, p95, p99 = np.percentile(times_ms[3:], [50, 95, 99])
-        rate = 1000 * batch / p50
-        rows.append(
-            {"batch": batch, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
-            | {"tiles_per_s": rate, "mm2_per_s": rate * tile_mm2}
-        )
-    print(f"{engine.device}, {card.input.size} px tiles, loaded in {loading_s:.2f} s")
-    print("| batch | p50 ms | p95 ms | p99 ms | tiles/s | mm²/s |\n|---|---|---|---|---|---|")
+@click.command(context_settings={"show_default": True})
+@click.option("--model", type=click.Path(path_type=Path), help="A folder made by nsam-export. [default: nsam's own]")
+@click.option("--engines", default=",".join(DEVICES), help="device:precision, separated by commas.")
+@click.option("--batches", default="1,4", help="Tiles a pass, separated by commas.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
+@click.option("--passes", type=click.IntRange(1), default=20, help="Timed passes, after 3 that are not.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw them here.")
+@click.option("--compare", type=click.Path(path_type=Path, exists=True), help="JSON of an earlier run: print ratios.")
+@click.option("--one", hidden=True, help="What the processes are started with.")
+def main(
+    model: Path | None,
+    engines: str,
+    batches: str,
+    threads: int | None,
+    passes: int,
+    json_path: Path | None,
+    plot: Path | None,
+    compare: Path | None,
+    one: str | None,
+) -> None:
+    """Time the network; what cannot be had here is said and left out."""
+    if one:
+        device, precision, batch = one.split(":")
+        print(json.dumps(measure(model, device, precision, int(batch), threads, passes)))
+        return
+    rows, missing = [], []
+    for engine, batch in itertools.product(engines.split(","), batches.split(",")):
+        click.echo(f"{engine}, batch {batch} ...", err=True)
+        row = in_process(model, f"{engine}:{batch}", threads, passes)
+        if "error" in row:
+            missing.append(f"{engine}: {row['error']}")
+        else:
+            rows.append(row)
+    rate = matrix_rate(threads)
     for row in rows:
-        print(
-            f"| {row['batch']} | {row['p50_ms']:.0f} | {row['p95_ms']:.0f} | {row['p99_ms']:.0f} "
-            f"| {row['tiles_per_s']:.2f} | {row['mm2_per_s']:.4f} |"
+        row["share_of_peak"] = row["gflop_per_s"] / rate
+    result = {
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+        "fp32_matrix_gflop_per_s": rate,
+        "rows": rows,
+        "missing": sorted(set(missing)),
+    }
+    show(result, json.loads(compare.read_text(encoding="utf-8")) if compare else None)
+    if json_path:
+        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if plot:
+        draw(rows, plot)
+
+
+def in_process(model: Path | None, one: str, threads: int | None, passes: int) -> dict[str, Any]:
+    """`measure` in a new process; {"error": ...} where it fails."""
+    command = [sys.executable, __file__, "--one", one, "--passes", str(passes)]
+    command += ["--model", str(model)] if model else []
+    command += ["--threads", str(threads)] if threads else []
+    begin = time.time()
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NSAM_BEGIN": str(begin)})
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def measure(
+    model: Path | None, device: str, precision: str, batch: int, threads: int | None, passes: int
+) -> dict[str, Any]:
+    """One setting: milliseconds a pass, tiles/s, mm²/s, GFLOP/s, peak memory, and the start of the process."""
+    import numpy as np
+
+    from nsam.runtime.engines import load
+
+    engine = load(model, device, threads, precision=precision)  # type: ignore[arg-type]
+    card = engine.card
+    shape = (batch, card.input.size, card.input.size, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)  # cost does not depend on content
+    engine.run(images)
+    first = time.time() - float(os.environ.get("NSAM_BEGIN", "nan"))
+    times_ms = []
+    for _ in range(WARM_UP + passes):
+        begin = time.perf_counter()
+        engine.run(images)
+        times_ms.append(1000 * (time.perf_counter() - begin))
+    p50, p95, p99 = np.percentile(times_ms[WARM_UP:], [50, 95, 99])
+    kept_um = (card.input.size - 2 * card.post.tile_halo_px) * card.input.mpp
+    tiles = 1000 * batch / p50
+    return {
+        "engine": f"{device}:{precision}",
+        "device": engine.device,
+        "batch": batch,
+        "p50_ms": p50,
+        "p95_ms": p95,
+        "p99_ms": p99,
+        "tiles_per_s": tiles,
+        "mm2_per_s": tiles * (kept_um / 1000) ** 2,
+        "gflop_per_s": tiles * 2 * multiplications(model) / 1e9,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
+        "start_to_first_result_s": first,
+    }
+
+
+def multiplications(model: Path | None) -> int:
+    """Multiply-adds of matrix products and convolutions for one tile, from the graph's shapes."""
+    import onnx
+    from onnx import numpy_helper
+
+    import nsam.runtime
+
+    folder = model or Path(nsam.runtime.__file__).parent / "default_model"
+    graph = onnx.load(folder / "model.onnx")
+    graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    graph = onnx.shape_inference.infer_shapes(graph, data_prop=True)
+    values = [*graph.graph.value_info, *graph.graph.output, *graph.graph.input]
+    shapes = {v.name: [max(1, d.dim_value) for d in v.type.tensor_type.shape.dim] for v in values}
+    shapes |= {t.name: list(numpy_helper.to_array(t).shape) for t in graph.graph.initializer}
+    total = 0
+    for node in graph.graph.node:
+        if node.op_type not in ("Gemm", "MatMul", "Conv", "ConvTranspose"):
+            continue
+        attributes = {a.name: a for a in node.attribute}
+        a, b, out = (shapes[name] for name in (node.input[0], node.input[1], node.output[0]))
+        if node.op_type == "Conv":
+            each = product(b[1:])
+        elif node.op_type == "ConvTranspose":
+            out, each = a, product(b[1:])
+        else:
+            each = a[-2] if "transA" in attributes and attributes["transA"].i else a[-1]
+        total += product(out) * each
+    return total
+
+
+def product(sides: list[int]) -> int:
+    """Their product."""
+    result = 1
+    for side in sides:
+        result *= side
+    return result
+
+
+def matrix_rate(threads: int | None) -> float:
+    """GFLOP/s of a large fp32 matrix product on the same threads: what this machine can do."""
+    count = str(threads or os.cpu_count() or 1)
+    code = (
+        f"import numpy as np, time; a = np.ones(({MATRIX}, {MATRIX}), np.float32); best = 9e9\n"
+        "for _ in range(12):\n b = time.perf_counter(); a @ a; best = min(best, time.perf_counter() - b)\n"
+        f"print(2 * {MATRIX} ** 3 / best / 1e9)"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout)
+
+
+def show(result: dict[str, Any], old: dict[str, Any] | None) -> None:
+    """The table; with an earlier run's, the ratio of its p50 to this one's."""
+    before = {(row["engine"], row["batch"]): row["p50_ms"] for row in old["rows"]} if old else {}
+    print(f"{result['machine']['cpu']}; a 2048 x 2048 fp32 product: {result['fp32_matrix_gflop_per_s']:.0f} GFLOP/s\n")
+    head = "| engine | batch | p50 ms | p95 | p99 | tiles/s | mm²/s | GFLOP/s | of peak | MB | start s |"
+    print(head + (" speed-up |" if old else ""))
+    print("|---" * (head.count("|") - 1 + bool(old)) + "|")
+    for r in result["rows"]:
+        line = (
+            f"| {r['engine']} | {r['batch']} | {r['p50_ms']:.0f} | {r['p95_ms']:.0f} | {r['p99_ms']:.0f} "
+            f"| {r['tiles_per_s']:.2f} | {r['mm2_per_s']:.4f} | {r['gflop_per_s']:.0f} | {r['share_of_peak']:.2f} "
+            f"| {r['peak_mb']:.0f} | {r['start_to_first_result_s']:.1f} |"
         )
-    if args.json:
-        machine = {"machine": platform.processor() or platform.machine(), "device": engine.device}
-        args.json.write_text(json.dumps({**machine, "loading_s": loading_s, "rows": rows}, indent=1), encoding="utf-8")
+        if old:
+            ratio = before.get((r["engine"], r["batch"]), float("nan")) / r["p50_ms"]
+            line += f" {ratio:.2f} |"
+        print(line)
+    for line in result["missing"]:
+        print(f"not here: {line}")
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of mm²/s."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 0.5 + 0.4 * len(rows)))
+    axes.barh([f"{row['engine']}, batch {row['batch']}" for row in rows], [row["mm2_per_s"] for row in rows])
+    axes.set_xlabel("mm² of tissue a second (network alone)")
+    axes.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def cpu_name() -> str:
+    """The processor as Linux calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 if __name__ == "__main__":

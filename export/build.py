@@ -20,10 +20,11 @@ from nsam.export.merge import load_merged
 from nsam.export.parity import Chain, as_json, real_tiles, spread
 from nsam.export.report import as_markdown
 from nsam.export.settings import Settings
-from nsam.export.variants import make_fp16, make_int8
+from nsam.export.variants import make_fp16, make_int8, prove_bf16
 from nsam.runtime.card import FileEntry, ModelCard, PostSpec, sha256_of
 from nsam.runtime.engines import Engine, load
 from nsam.runtime.errors import DeviceError, InputError, ModelError, OutputError
+from nsam.runtime.settings import Device, Precision
 from nsam.train.checkpoint import load_fold
 from nsam.train.data import Sample, find_extra, find_samples
 from nsam.train.evaluate import TorchEngine, draft_card
@@ -83,8 +84,11 @@ def _build_in(
         say=say,
     )
 
-    def load_graph(graph: Path) -> Engine:
-        return _as_engine(graph, Path(tempfile.mkdtemp(dir=scratch)), card)
+    def load_graph(graph: Path, device: Device = "cpu", precision: Precision = "fp32") -> Engine:
+        """The runtime's engine over a graph: the proof passes through the code that will run it."""
+        folder = Path(tempfile.mkdtemp(dir=scratch))
+        _write_model(folder, card, {"model.onnx": ("fp32", graph)})
+        return load(folder, device=device, precision=precision)
 
     cpu = torch.device("cpu")
     say(f"proof: {len(chain.tiles)} tiles and {len(chain.samples)} labelled images that chose nothing but thresholds")
@@ -111,13 +115,22 @@ def _build_in(
     if "fp16" in settings.precisions:
         graphs["fp16"], details["fp16"] = make_fp16(graphs[fp32], scratch, chain, fp32, load_graph)
         shipped["model.fp16.onnx"] = ("fp16", graphs["fp16"])
+    proven = ["fp32", *(name for name in ("fp16",) if name in graphs)]
+    if "bf16" in settings.precisions and prove_bf16(
+        chain, fp32, lambda: load_graph(graphs[fp32], "openvino", "bf16"), say
+    ):
+        proven.append("bf16")
     if "int8" in settings.precisions:
         tiles = real_tiles(fold_samples(settings, "train"), card, settings.calibration)
         int8, details["int8"] = make_int8(graphs[fp32], scratch, chain, fp32, load_graph, tiles, say)
         if int8:
             graphs["int8"] = int8
             shipped["model.int8.onnx"] = ("int8", int8)
-    card = replace(card, failed_links=tuple(f"{k.before} -> {k.after}" for k in chain.links if not k.passed))
+            proven.append("int8")
+    failed = {link.after: f"{link.before} -> {link.after}" for link in chain.links if not link.passed}
+    card = replace(
+        card, proven=tuple(name for name in proven if name not in failed), failed_links=tuple(failed.values())
+    )
     write_reference(out / REFERENCE_NAME, chain.tiles[:1], chain.maps("torch")[:1])
     _write_model(out, card, shipped, merged)
     if settings.tensorrt:
@@ -133,12 +146,6 @@ def _build_in(
     for name, size in sizes.items():
         say(f"{name}: " + ", ".join(f"{value:,} {what}" for what, value in size.items()))
     return out
-
-
-def _as_engine(graph: Path, folder: Path, card: ModelCard) -> Engine:
-    """The runtime's engine over a graph: the proof passes through the code that will run it."""
-    _write_model(folder, card, {"model.onnx": ("fp32", graph)})
-    return load(folder, device="cpu")
 
 
 def _write_model(

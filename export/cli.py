@@ -12,8 +12,6 @@ import click
 from nsam.export.settings import PRECISIONS, Settings
 from nsam.runtime.errors import NsamError
 
-log = logging.getLogger("nsam")
-
 
 def _precisions(context: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
@@ -38,7 +36,8 @@ def _precisions(context: click.Context, option: click.Parameter, text: str) -> t
     metavar="LIST",
     default=",".join(PRECISIONS),
     callback=_precisions,
-    help="Files to make, separated by commas; fp32 always is, int8 only if it is exact enough and faster here.",
+    help="What to prove and make, separated by commas. fp32 always is; int8 only if it is exact enough and faster "
+    "here; bf16 needs OpenVINO and a CPU that has it.",
 )
 @click.option("--tensorrt", is_flag=True, help="Also build TensorRT's engine for the GPU at hand.")
 @click.option("--force", is_flag=True, help="Keep the files when a link fails its gate; the card then says so.")
@@ -73,18 +72,17 @@ def main(fold_dir: Path | None, out: Path | None, check: Path | None, verbose: b
     """
     if check is None and (fold_dir is None or out is None):
         raise click.UsageError("a fold and --out are wanted, or --check MODEL")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for noisy in ("onnxscript", "onnx_ir", "torch.onnx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         if check is not None:
             from nsam.export.check import check as check_model
 
-            check_model(check, log.info)
+            check_model(check, click.echo)
         else:
             from nsam.export.build import build
 
-            log.info("made %s", build(Settings(fold_dir=fold_dir, out=out, **options), log.info))
+            click.echo(f"made {build(Settings(fold_dir=fold_dir, out=out, **options), click.echo)}")
     except NsamError as error:
         if verbose:
             raise

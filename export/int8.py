@@ -46,6 +46,7 @@ def quantise(source: Path, target: Path, ranges: Mapping[str, tuple[float, float
         nodes_to_quantize=nodes,
         nodes_to_exclude=[],
         op_types_to_quantize=list(QUANTISED),
+        extra_options={"WeightSymmetric": True, "ActivationSymmetric": False},
     )
     quantizer.quantize_model()
     quantizer.model.save_model_to_file(str(target))

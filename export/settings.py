@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-PRECISIONS = ("fp32", "fp16", "int8")
+#: bf16 needs no file: it is tried with OpenVINO over fp32's.
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Settings:
     attribution: str = ""  # whose data it was trained on, and under which licence
     limits: str = ""  # what the model is not for, and where it was never tried
     store: str = "fp32"  # weights of model.onnx: fp16 halves the file, arithmetic stays fp32
-    precisions: tuple[str, ...] = PRECISIONS  # which files; fp32 is always made
+    precisions: tuple[str, ...] = PRECISIONS  # which to prove, and make files of
     tiles: int = 8  # real tiles on which the maps are compared
     images: int = 40  # labelled images on which Dice, AJI and PQ are
     calibration: int = 32  # tiles of training images for the ranges of int8

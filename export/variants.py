@@ -17,6 +17,7 @@ from nsam.export.parity import METRICS_GATE, Chain
 from nsam.export.precision import keep_list, rounded, to_fp16
 from nsam.export.ranges import activation_ranges
 from nsam.runtime.engines import Engine
+from nsam.runtime.errors import DeviceError
 
 #: int8 that gains less than this is not worth a file.
 LEAST_GAIN = 1.1
@@ -46,6 +47,21 @@ def make_fp16(graph: Path, scratch: Path, chain: Chain, before: str, load: Load)
         "kept_fp32": [asdict(entry) for entry in kept],
         "largest_activations": [{"tensor": name, "max_abs": value} for value, name in largest[:_LARGEST_SHOWN]],
     }
+
+
+def prove_bf16(chain: Chain, before: str, load: Callable[[], Engine], say: Callable[[str], None]) -> bool:
+    """Whether OpenVINO in bf16, over the fp32 file, passes the gate; False where it cannot be tried."""
+    try:
+        engine = load()
+    except DeviceError as error:
+        say(f"bf16: not tried; {error}")
+        return False
+    link = chain.measure(before, "bf16", engine, rewrites_only=False)
+    if link.passed:
+        chain.keep(link)
+    else:
+        say(f"bf16: not proven, so `auto` will not take it; {link}")
+    return link.passed
 
 
 def make_int8(

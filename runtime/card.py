@@ -75,6 +75,8 @@ class ModelCard:
     training: dict[str, Any] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
     tool_versions: dict[str, str] = field(default_factory=dict)
+    #: Precisions that passed their gate; `auto` takes no other.
+    proven: tuple[str, ...] = ("fp32",)
     #: Links of the export's chain that failed their gate and were kept all the same.
     failed_links: tuple[str, ...] = ()
 

@@ -93,19 +93,17 @@ def _engine(model_dir: Path, card: ModelCard, device: str, threads: int, wanted:
     known = PRECISIONS[device]
     if wanted != "auto" and wanted not in known:
         raise DeviceError(f"`{device}` does not run {wanted}; --precision may be {', '.join(known)}")
-    listed = [precision for precision in known if FILES[precision] in card.files]
-    if not listed or (wanted != "auto" and wanted not in listed):
-        missing = FILES[known[-1] if wanted == "auto" else wanted]
-        raise ModelError(f"`{model_dir / missing}`: the card does not list it; nsam-export makes it")
     make = _maker(device)
-    for precision in listed if wanted == "auto" else [wanted]:
+    # fp32 is always there: the chain begins with it.
+    proven = [name for name in known if name in card.proven and FILES[name] in card.files] or ["fp32"]
+    for precision in proven if wanted == "auto" else [wanted]:
         path = card.verify_file(model_dir, FILES[precision])
         try:
             return make(path, card, device, precision, threads)
         except UnfitError:
-            if wanted != "auto":
+            if precision == wanted:
                 raise
-    raise AssertionError("the last precision of every device is had or raises")
+    raise AssertionError("fp32, the last one, is had or raises")
 
 
 def _maker(device: str) -> Callable[[Path, ModelCard, str, str, int], Engine]:

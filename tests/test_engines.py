@@ -148,3 +148,68 @@ def spoil(model: Path, change: Callable[[Any], object]) -> None:
     change(graph)
     onnx.save(graph, model / "model.onnx")
     change_card(model, files={"model.onnx": FileEntry(sha256_of(model / "model.onnx"), "fp32")})
+
+
+def images_of(n: int) -> Any:
+    return np.random.default_rng(0).integers(0, 256, (n, 64, 64, 3), np.uint8)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_openvino_equals_onnx_runtime(tiny_model: Path, n: int) -> None:
+    pytest.importorskip("openvino")
+    engine = load(tiny_model, "openvino", threads=1, precision="fp32")
+    assert engine.device.startswith("openvino fp32 (OpenVINO 20")
+    first = engine.run(images_of(n))
+    np.testing.assert_allclose(first, load(tiny_model, "cpu").run(images_of(n)), atol=1e-4)
+    kept = first.copy()
+    engine.run(np.zeros((n, 64, 64, 3), np.uint8))
+    np.testing.assert_array_equal(first, kept, "the next call must not write into the last one's maps")
+
+
+def test_openvino_checks_the_card_too(model: Path) -> None:
+    pytest.importorskip("openvino")
+    change_card(model, post=PostSpec(tile_halo_px=8, nucleus_threshold=0.4))
+    with pytest.raises(ModelError, match=r"post\.nucleus_threshold"):
+        load(model, "openvino")
+    change_card(model, output=OutputSpec(stride=4))
+    with pytest.raises(ModelError, match="`output`"):
+        load(model, "openvino")
+
+
+def test_a_cpu_without_bf16_gets_fp32(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    openvino = pytest.importorskip("openvino")
+    monkeypatch.setattr(openvino.Core, "get_property", lambda core, device, name: ["FP32"])
+    assert load(tiny_model, "openvino").device.startswith("openvino fp32")
+    with pytest.raises(DeviceError, match="this CPU has no bf16"):
+        load(tiny_model, "openvino", precision="bf16")
+
+
+def test_auto_takes_openvino_before_the_cpu(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    if without_gpu():
+        assert load(tiny_model).device.startswith("openvino ")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    device = load(tiny_model).device
+    if without_gpu():
+        assert device.startswith("cpu ")
+        assert "`openvino` is not installed; pip install 'nsam[openvino]'" in device
+
+
+def test_precision_chooses_the_file(model: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.int8\.onnx`: the card does not list it"):
+        load(model, "cpu", precision="int8")
+    with pytest.raises(DeviceError, match="`cpu` does not run bf16; --precision may be int8, fp32"):
+        load(model, "cpu", precision="bf16")
+    assert load(model, "cpu").device.startswith("cpu fp32 ")
+    shutil.copy(model / "model.onnx", model / "model.int8.onnx")
+    entry = FileEntry(sha256_of(model / "model.onnx"), "int8")
+    change_card(model, files={**ModelCard.read(model).files, "model.int8.onnx": entry})
+    assert load(model, "cpu").device.startswith("cpu fp32 "), "int8 was not proven"
+    change_card(model, proven=("fp32", "int8"))
+    assert load(model, "cpu").device.startswith("cpu int8 ")
+    assert load(model, "cpu", precision="fp32").device.startswith("cpu fp32 ")
+
+
+def test_a_model_that_failed_its_proof_says_so(model: Path) -> None:
+    change_card(model, failed_links=("simplified -> fp16",))
+    assert "parity failed at simplified -> fp16 when the model was made" in load(model, "cpu").device

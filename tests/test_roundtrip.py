@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from click.testing import CliRunner
 
 from nsam.export import build as export_build
 from nsam.export import graph
+from nsam.export.check import write_reference
 from nsam.export.cli import main as export_main
 from nsam.export.merge import load_merged
-from nsam.runtime.card import ModelCard
+from nsam.export.settings import Settings
+from nsam.runtime.card import FileEntry, ModelCard, sha256_of
 from nsam.runtime.cli import main as infer_main
 from nsam.runtime.engines import load
 from nsam.runtime.errors import ModelError
@@ -61,7 +64,8 @@ def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model_dir(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "m"
     result = CliRunner().invoke(
-        export_main, [str(run / "fold0"), "--out", str(out), "--tiles", "5", "--model-version", "3.1"]
+        export_main,
+        [str(run / "fold0"), "--out", str(out), "--tiles", "5", "--model-version", "3.1", "--precisions", "fp32,fp16"],
     )
     assert result.exit_code == 0, result.output
     return out
@@ -71,13 +75,21 @@ def test_the_chain_is_proven_and_written_down(model_dir: Path) -> None:
     proof = json.loads((model_dir / "parity.json").read_text())
     assert [(link["before"], link["after"]) for link in proof["links"]] == [
         ("torch", "merged"),
-        ("merged", "onnx"),
-        ("onnx", "simplified"),
+        ("merged", "exported"),
+        ("exported", "simplified"),
+        ("simplified", "fp16"),
     ]
     assert proof["passed"]
-    assert all(link["max"] <= 1e-4 for link in proof["links"])
+    assert all(link["max"] <= 1e-4 for link in proof["links"][:3])
+    assert 1e-4 < proof["links"][3]["max"] < 1, "a proof that does not round proves nothing"
+    assert all(value <= 0.002 for link in proof["links"] for value in link["metrics"].values())
+    page = (model_dir / "parity.md").read_text()
+    assert page.count("| passed |") == 4
+    assert "| LayerNormalization | 32 |" in page
+    assert [path.name for path in model_dir.glob("*.jpg")] == ["parity-fp16.jpg"]
     assert proof["links"][0]["max"] > 0, "LoRA with B = 0 would prove nothing"
     card = ModelCard.read(model_dir)
+    assert card.proven == ("fp32", "fp16")
     assert card.version == "3.1"
     assert card.training["held_out"]["images"] == 2
     assert card.post.min_area_um2 > 0
@@ -93,6 +105,30 @@ def test_onnx_equals_pytorch_on_odd_inputs_too(run: Path, model_dir: Path, batch
     images[0] = 255
     images[-1] = 0 if batch > 1 else 255
     np.testing.assert_allclose(onnx_engine.run(images), torch_engine.run(images), atol=2e-4)
+
+
+def test_check_repeats_the_proof_without_data(model_dir: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(export_main, ["--check", str(model_dir)])
+    assert result.exit_code == 0, result.output
+    assert "model.onnx on cpu fp32" in result.output
+    assert "model.fp16.onnx on cpu" in result.output
+    copy = Path(shutil.copytree(model_dir, tmp_path / "m"))
+    with (copy / "model.fp16.onnx").open("ab") as stream:
+        stream.write(b"x")
+    result = CliRunner().invoke(export_main, ["--check", str(copy)])
+    assert result.exit_code == 1
+    assert "was changed or cut" in result.stderr
+    other = np.full((1, 448, 448, 3), 255, np.uint8), load(model_dir, "cpu").run(np.zeros((1, 448, 448, 3), np.uint8))
+    write_reference(copy / "reference.npz", other[0], other[1] + 5)
+    card = ModelCard.read(copy)
+    files = {
+        "model.onnx": card.files["model.onnx"],
+        "reference.npz": FileEntry(sha256_of(copy / "reference.npz"), "reference"),
+    }
+    (copy / "card.json").write_text(replace(card, files=files).to_json())
+    result = CliRunner().invoke(export_main, ["--check", str(copy)])
+    assert result.exit_code == 1
+    assert "must be at least 0.98" in result.stderr
 
 
 def test_the_graph_is_plain(model_dir: Path) -> None:
@@ -134,12 +170,12 @@ def test_a_crash_of_onnxsim_keeps_the_unsimplified_graph(
 ) -> None:
     monkeypatch.setattr(graph, "_SIMPLIFY", "import os; os.abort()")
     lines: list[str] = []
-    settings = export_build.Settings(run / "fold0", tmp_path / "m", tiles=2)
+    settings = Settings(run / "fold0", tmp_path / "m", tiles=2, precisions=("fp32",))
     export_build.build(settings, lines.append)
     assert any("warning: onnxsim ended with -6" in line for line in lines)
     assert [link["after"] for link in json.loads((tmp_path / "m" / "parity.json").read_text())["links"]] == [
         "merged",
-        "onnx",
+        "exported",
     ]
     assert load(tmp_path / "m", device="cpu").card.name == "nsam"
 
@@ -154,10 +190,19 @@ def test_a_link_that_fails_leaves_no_model(run: Path, tmp_path: Path, monkeypatc
         return merged
 
     monkeypatch.setattr(export_build, "load_merged", wrong)
-    result = CliRunner().invoke(export_main, [str(run / "fold0"), "--out", str(tmp_path / "m"), "--tiles", "2"])
+    options = [str(run / "fold0"), "--out", str(tmp_path / "m"), "--tiles", "2", "--precisions", "fp32"]
+    result = CliRunner().invoke(export_main, options)
     assert result.exit_code == 1
-    assert "parity `torch -> merged`" in result.stderr
+    assert "parity `torch -> merged` failed" in result.stderr
     assert not list(tmp_path.iterdir())
+    result = CliRunner().invoke(export_main, [*options, "--force"])
+    assert result.exit_code == 0, result.output
+    card = ModelCard.read(tmp_path / "m")
+    assert card.failed_links == ("torch -> merged",)
+    assert "parity failed at torch -> merged" in load(tmp_path / "m", device="cpu").device
+    result = CliRunner().invoke(export_main, ["--check", str(tmp_path / "m")])
+    assert result.exit_code == 1
+    assert "parity failed when it was made (torch -> merged)" in result.stderr
 
 
 def test_what_cannot_be_exported_is_one_line(run: Path, model_dir: Path, small_data: Path, tmp_path: Path) -> None:
@@ -178,7 +223,9 @@ def test_what_cannot_be_exported_is_one_line(run: Path, model_dir: Path, small_d
 @pytest.mark.parametrize("store", ["fp32", "fp16"])
 def test_an_exported_model_is_a_base(run: Path, tmp_path: Path, store: str) -> None:
     out = tmp_path / "m"
-    result = CliRunner().invoke(export_main, [str(run / "fold0"), "--out", str(out), "--tiles", "2", "--store", store])
+    result = CliRunner().invoke(
+        export_main, [str(run / "fold0"), "--out", str(out), "--tiles", "2", "--store", store, "--precisions", "fp32"]
+    )
     assert result.exit_code == 0, result.output
     settings = replace(load_fold(run / "fold0")[1], base=str(out), tune="lora")
     reread = build_model(settings)[0].eval()

@@ -1,0 +1,134 @@
+"""One peer on one region, in its own environment: prints its seconds as JSON. Started by peers.py."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tifffile
+
+WARM_UP, ROUNDS = 1, 3
+
+
+def best(run: Callable[[], Any]) -> tuple[float, Any]:
+    """(least seconds of three, the result); one run before does not count."""
+    seconds = []
+    for _ in range(WARM_UP + ROUNDS):
+        begin = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds[WARM_UP:]), result
+
+
+def nsam(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -> dict[str, Any]:
+    """The runtime, from pixels to measured nuclei."""
+    from pathlib import Path
+
+    from nsam.runtime.engines import load
+    from nsam.runtime.pipeline import map_rows, segment_slide
+    from nsam.runtime.slides import ArraySlide
+    from nsam.runtime.tiles import Grid
+
+    engine = load(threads=threads)
+    slide = ArraySlide(image, Path("image"), mpp)
+    grid = Grid.of(slide.size_wh, mpp, engine.card.input.mpp, engine.card.output.stride)
+    network, _ = best(lambda: list(map_rows(slide, engine, grid, batch=1)))
+    whole, strips = best(lambda: list(segment_slide(slide, engine, mpp, batch=1)))
+    return {
+        "network_s": network,
+        "post_s": whole - network,
+        "whole_s": whole,
+        "nuclei": sum(len(strip.nuclei) for strip in strips),
+        "weights": f"its own; {engine.device}",
+    }
+
+
+def stardist(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -> dict[str, Any]:
+    """StarDist's H&E configuration (2D_versatile_he): 32 rays, grid 2, three channels."""
+    import tempfile
+
+    import tensorflow as tf
+    from stardist.geometry import star_dist
+    from stardist.models import Config2D, StarDist2D
+    from stardist.utils import edt_prob
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    normed = image.astype(np.float32) / 255
+    weights = "pretrained"
+    try:
+        model = StarDist2D.from_pretrained("2D_versatile_he")
+        if model is None:
+            raise OSError("no weights")
+    except Exception:  # whatever the download raises
+        weights = "random: they cannot be downloaded here; post-processing on the true labels' maps"
+        model = StarDist2D(Config2D(n_rays=32, grid=(2, 2), n_channel_in=3), basedir=tempfile.mkdtemp())
+    network, _ = best(lambda: model.predict(normed))
+    grid = (slice(None, None, 2),) * 2
+    probability = edt_prob(labels)[grid]
+    distances = star_dist(labels, 32)[grid]
+    model.thresholds = {"prob": 0.69, "nms": 0.3}  # those of 2D_versatile_he
+    shape = image.shape[:2]
+    post, found = best(lambda: model._instances_from_prediction(shape, probability.copy(), distances.copy()))
+    return {"network_s": network, "post_s": post, "nuclei": len(found[1]["prob"]), "weights": weights}
+
+
+def instanseg(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -> dict[str, Any]:
+    """InstanSeg's brightfield nucleus model, at its own scale of .5 µm/px."""
+    import torch
+    from instanseg import InstanSeg
+
+    torch.set_num_threads(threads)
+    model = InstanSeg("brightfield_nuclei", verbosity=0)
+    whole, found = best(lambda: model.eval_small_image(image, mpp))
+    return {"whole_s": whole, "nuclei": int(np.asarray(found[0]).max()), "weights": "pretrained"}
+
+
+def classical(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -> dict[str, Any]:
+    """Colour deconvolution, Otsu, watershed of the distance: no network at all."""
+    import cv2
+    from scipy import ndimage
+    from skimage.color import rgb2hed
+    from skimage.feature import peak_local_max
+    from skimage.filters import threshold_otsu
+    from skimage.measure import regionprops_table
+    from skimage.segmentation import watershed
+
+    cv2.setNumThreads(threads)
+
+    def run() -> np.ndarray:
+        stain = ndimage.gaussian_filter(rgb2hed(image)[..., 0], 1)
+        mask = stain > threshold_otsu(stain)
+        mask = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)) > 0
+        depth = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
+        peaks = peak_local_max(depth, min_distance=round(2 / mpp), labels=mask.astype(np.int32))
+        seeds = np.zeros(mask.shape, np.int32)
+        seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
+        found: np.ndarray = watershed(-depth, seeds, mask=mask)
+        regionprops_table(found, properties=("label", "area", "centroid"))
+        return found
+
+    whole, found = best(run)
+    return {"whole_s": whole, "nuclei": int(found.max()), "weights": "none needed"}
+
+
+def main() -> None:
+    """TASK IMAGE LABELS MPP THREADS."""
+    task, image_path, labels_path, mpp, threads = sys.argv[1:]
+    image = tifffile.imread(image_path)[..., :3]
+    labels = tifffile.imread(labels_path).astype(np.int32)
+    row = {"nsam": nsam, "stardist": stardist, "instanseg": instanseg, "classical": classical}[task](
+        image, labels, float(mpp), int(threads)
+    )
+    row["mm2"] = image.shape[0] * image.shape[1] * (float(mpp) / 1000) ** 2
+    row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""nsam beside what a user would pick instead, on the same tissue, in the same run, each in an environment of its own.
+
+Peers' pretrained weights are downloaded by their packages; where that cannot be done the same network runs with random
+weights (its time does not depend on them), and post-processing is timed on maps made from the true labels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import click
+
+HERE = Path(__file__).resolve().parent
+#: name -> what pip installs, and the function of peer_worker.py that runs it.
+PEERS = {
+    "nsam": ([f"{HERE.parent}[cpu,openvino]"], "nsam"),
+    "StarDist": (["stardist", "tensorflow-cpu"], "stardist"),
+    "InstanSeg": (["instanseg-torch"], "instanseg"),
+    "classical chain": (["scikit-image", "opencv-python-headless"], "classical"),
+}
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("image", type=click.Path(path_type=Path, exists=True))
+@click.argument("labels", type=click.Path(path_type=Path, exists=True))
+@click.option("--mpp", type=float, default=0.25, help="Scale of the image, µm/px.")
+@click.option("--peers", default=",".join(PEERS), help="Which, separated by commas.")
+@click.option("--envs", type=click.Path(path_type=Path), required=True, help="Folder for the environments (gigabytes).")
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count(), help="CPU threads of each.")
+@click.option("--rounds", type=click.IntRange(1), default=3, help="Each peer in turn, so often; the best counts.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+def main(
+    image: Path,
+    labels: Path,
+    mpp: float,
+    peers: str,
+    envs: Path,
+    threads: int,
+    rounds: int,
+    json_path: Path | None,
+) -> None:
+    """Time peers on IMAGE, an RGB region, whose LABELS (uint16 or int32 TIFF) stand in where weights are missing."""
+    chosen = {name: PEERS[name] for name in peers.split(",")}
+    megabytes = {name: install(envs / task, packages) for name, (packages, task) in chosen.items()}
+    results: dict[str, dict[str, Any]] = {}
+    for _ in range(rounds):
+        for name, (_, task) in chosen.items():
+            click.echo(f"{name} ...", err=True)
+            row = run(envs / task, task, image, labels, mpp, threads)
+            if "error" in row:
+                results.setdefault(name, row)
+                continue
+            before = results.get(name, {})
+            for key in ("network_s", "post_s", "whole_s"):
+                if key in row and key in before:
+                    row[key] = min(row[key], before[key])
+            results[name] = {**row, "install_mb": megabytes[name]}
+    area = next((row["mm2"] for row in results.values() if "mm2" in row), float("nan"))
+    print("| | network s | post-processing s | s/mm² | peak MB | install MB | weights |\n|---|---|---|---|---|---|---|")
+    for name, row in results.items():
+        if "error" in row:
+            print(f"| {name} | not run: {row['error']} |")
+            continue
+        whole = row.get("whole_s", row["network_s"] + row["post_s"])
+        network = f"{row['network_s']:.2f}" if "network_s" in row else "-"
+        print(
+            f"| {name} | {network} | {row.get('post_s', whole):.2f} | {whole / area:.1f} | {row['peak_mb']:.0f} "
+            f"| {row['install_mb']:.0f} | {row['weights']} |"
+        )
+    if json_path:
+        json_path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def install(env: Path, packages: list[str]) -> float:
+    """Make the environment if it is not there; its size in MB."""
+    if not (env / "done").is_file():
+        click.echo(f"installing {', '.join(packages)} ...", err=True)
+        venv.create(env, with_pip=True, clear=True)
+        subprocess.run([env / "bin" / "pip", "install", "-q", "tifffile", *packages], check=True)
+        (env / "done").touch()
+    return sum(path.stat().st_size for path in env.rglob("*") if path.is_file() and not path.is_symlink()) / 1e6
+
+
+def run(env: Path, task: str, image: Path, labels: Path, mpp: float, threads: int) -> dict[str, Any]:
+    """One peer in a process of its own."""
+    names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+    environment = {**os.environ, **dict.fromkeys(names, str(threads)), "TF_NUM_INTEROP_THREADS": "1"}
+    environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    environment.pop("PYTHONPATH", None)
+    command = [env / "bin" / "python", HERE / "peer_worker.py", task, image, labels, str(mpp), str(threads)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""A stage of the pipeline in a thread of its own, a bounded queue behind it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+_END = object()
+
+
+def prefetch(items: Iterable[_T], depth: int) -> Iterator[_T]:
+    """The same items in the same order, made ahead in a thread, `depth` of them at most.
+
+    An exception of `items` is raised here in its place. When the caller stops early, the thread is told to, and has
+    ended before this returns: nothing goes on reading a slide that was closed.
+    """
+    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(entry: tuple[Any, BaseException | None]) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        source = iter(items)
+        try:
+            for item in source:
+                if not put((item, None)):
+                    return
+            put((_END, None))
+        except BaseException as error:  # whatever it is belongs to the caller
+            put((_END, error))
+        finally:
+            close = getattr(source, "close", None)
+            if close:
+                close()
+
+    thread = threading.Thread(target=work, name="nsam-prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error:
+                raise error
+            if item is _END:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,62 @@
+"""A prefetched iterator gives the same items, bounded, and ends with its caller."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from nsam.runtime.prefetch import prefetch
+
+
+def test_same_items_in_the_same_order() -> None:
+    assert list(prefetch(range(100), 3)) == list(range(100))
+    assert list(prefetch([], 1)) == []
+
+
+def test_an_error_comes_after_the_items_before_it() -> None:
+    def failing() -> Iterator[int]:
+        yield 1
+        raise ValueError("here")
+
+    items = prefetch(failing(), 2)
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="here"):
+        next(items)
+
+
+def test_it_runs_ahead_but_not_far() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[int]:
+        for i in range(50):
+            made.append(i)
+            yield i
+
+    items = prefetch(source(), 2)
+    next(items)
+    deadline = time.monotonic() + 5
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(made) == 4, "one was taken, two wait, one is at the door"
+    items.close()  # type: ignore[attr-defined]
+
+
+def test_a_caller_that_stops_ends_the_thread() -> None:
+    closed = threading.Event()
+
+    def source() -> Iterator[int]:
+        try:
+            yield from range(1000)
+        finally:
+            closed.set()
+
+    before = threading.active_count()
+    items = prefetch(source(), 1)
+    next(items)
+    items.close()  # type: ignore[attr-defined]
+    assert closed.is_set()
+    assert threading.active_count() == before
