@@ -1,0 +1,90 @@
+"""Finished rows of blocks on disk: what a killed run has done of a slide is not done again.
+
+A band holds the nuclei that a row of blocks owns. Bands can be made in any order and by any process; the results
+are assembled from them top to bottom. Files are numpy archives without pickle, moved into place whole.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsam.runtime.measure import Nucleus
+from nsam.runtime.writers import write_bytes
+
+FOLDER = "bands.part"  # no result: it goes when the results are there
+
+_NUMBERS = tuple(name for name in Nucleus._fields if name != "mask")
+
+
+class BandStore:
+    """The bands of one slide under one set of settings."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """
+        Args:
+            folder: the slide's result folder.
+            key: all that decides over the bands; those of another key are thrown away.
+        """
+        self._folder = folder / FOLDER
+        self._key = key
+        stamp = self._folder / "key"
+        if self._folder.is_dir() and (not stamp.is_file() or stamp.read_text(encoding="utf-8") != key):
+            self.clear()
+
+    def has(self, index: int) -> bool:
+        """Whether band `index` is finished."""
+        return self._path(index).is_file()
+
+    def read(self, index: int) -> list[Nucleus] | None:
+        """The nuclei of band `index`, or None where it is missing or broken and has to be made."""
+        try:
+            with np.load(self._path(index), allow_pickle=False) as stored:
+                return unpack({name: stored[name] for name in stored.files})
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def write(self, index: int, nuclei: list[Nucleus]) -> None:
+        """Keep a band.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        if not (self._folder / "key").is_file():
+            write_bytes(self._folder / "key", self._key.encode())
+        content = io.BytesIO()
+        np.savez(content, **pack(nuclei))
+        write_bytes(self._path(index), content.getvalue())
+
+    def clear(self) -> None:
+        """Remove all bands."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"{index:06d}.npz"
+
+
+def pack(nuclei: list[Nucleus]) -> dict[str, NDArray[np.generic]]:
+    """Nuclei as arrays: a column for each measurement, and all masks as one string of bits."""
+    columns = {name: np.array([getattr(nucleus, name) for nucleus in nuclei]) for name in _NUMBERS}
+    bits = np.concatenate([nucleus.mask.ravel() for nucleus in nuclei]) if nuclei else np.zeros(0, bool)
+    return {**columns, "masks": np.packbits(bits)}
+
+
+def unpack(arrays: dict[str, NDArray[np.generic]]) -> list[Nucleus]:
+    """What `pack` packed, to the bit."""
+    columns = [arrays[name].tolist() for name in _NUMBERS]
+    bits = np.unpackbits(arrays["masks"].astype(np.uint8)).astype(bool)
+    nuclei, start = [], 0
+    for row in zip(*columns, strict=True):
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in zip(_NUMBERS, row, strict=True)}
+        width, height = values["bbox_xywh"][2:]
+        end = start + width * height
+        nuclei.append(Nucleus(**values, mask=bits[start:end].reshape(height, width)))
+        start = end
+    return nuclei
