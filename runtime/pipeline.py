@@ -114,9 +114,7 @@ def segment_maps(
             left, right = map_span(block.read.x0, block.read.x1, grid.map_per_level0[0], grid.map_wh[0])
             part = maps[:, :, left:right]
             basins = separate(part, card.output, card.post, mpp / grid.map_per_level0[0])
-            labels, probability = carry(
-                basins, part[0], card.post.nucleus_threshold, (left, top), block.read, grid
-            )
+            labels, probability = carry(basins, part[0], card.post.nucleus_threshold, (left, top), block.read, grid)
             found = measure(labels, probability, (block.read.x0, block.read.y0), mpp, card.post.min_area_um2)
             canvas.add([nucleus for nucleus in found if _owns(block.write, nucleus)])
         # The next row of blocks can still add nuclei that begin in its halo.

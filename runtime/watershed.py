@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import cv2
@@ -14,6 +15,7 @@ from nsam.runtime.level0 import logit
 _STEPS = 1000  # levels for a distance of 1
 _TOP = 2.0  # a distance beyond is noise
 _DEEPEST = 0xFFFF
+_DEPTH_MPP = 0.3
 _REACH_UM = 20.0  # peaks farther apart are never one nucleus; less than a block's halo
 #: Variance, map px², that smoothing adds because level-0 px lie between map px. Interpolating the distance there
 #: does the same, and `smooth_um` was so defined.
@@ -38,21 +40,21 @@ def separate(maps: NDArray[np.float32], output: OutputSpec, post: PostSpec, mpp:
     Returns:
         (h, w) int32, 0 = background, ids in raster order of the peaks.
     """
-    mask = maps[0] > logit(post.nucleus_threshold)
+    least = logit(post.nucleus_threshold)
     given = "distance" in output.channels
-    distance = maps[output.channels.index("distance")] if given else _relative_depth(mask, mpp)
+    distance = maps[output.channels.index("distance")] if given else _relative_depth(maps[0], least, mpp)
     # In whole steps, smoothing and ties, and so the result, do not depend on the block's origin.
     level = np.rint(np.clip(distance, 0, _TOP) * np.float32(_STEPS)).astype(np.uint16)
     sigma = float(np.hypot(post.smooth_um / mpp, np.sqrt(_BETWEEN_PX2)))
     level = np.asarray(cv2.GaussianBlur(level, (0, 0), sigma), np.uint16)
-    level *= mask
+    level *= maps[0] > least
     return _basins(level, max(1, round(post.seed_prominence * _STEPS)), _REACH_UM / mpp)
 
 
 def _basins(level: NDArray[np.uint16], prominence: int, reach: float) -> NDArray[np.int32]:
     """Label the pixels above 0 by the peak, higher than `prominence`, to which they belong."""
-    height, width = level.shape
     edged = np.pad(level, 1)  # every pixel has eight neighbours
+    width = edged.shape[1]
     flat = edged.ravel()
     at = np.flatnonzero(flat)
     # Rank 0, 1, … of a pixel among those above 0.
@@ -60,16 +62,22 @@ def _basins(level: NDArray[np.uint16], prominence: int, reach: float) -> NDArray
     rank[at] = np.arange(at.size, dtype=np.int32)
     up = rank[at + _ascent(edged, at)]
     peaks = np.flatnonzero(up == np.arange(at.size))
-    while not np.array_equal(further := up[up], up):
-        up = further
+    up = _ends(up)
     number = np.empty(at.size, np.int32)
     number[peaks] = np.arange(1, peaks.size + 1)
     basin = np.zeros(flat.size, np.int32)
     basin[at] = number[up]
-    pairs, saddles = _saddles(basin, flat, at, width + 2)
-    keep = _join(flat[at[peaks]], np.divmod(at[peaks], width + 2), pairs, saddles, prominence, reach)
-    labels: Any = keep[basin].reshape(height + 2, width + 2)[1:-1, 1:-1]
-    return np.ascontiguousarray(labels)
+    pairs, saddles = _saddles(basin, flat, at, width)
+    keep = _join(flat[at[peaks]], np.divmod(at[peaks], width), pairs, saddles, prominence, reach)
+    labels: NDArray[np.int32] = keep[basin.reshape(edged.shape)[1:-1, 1:-1]]
+    return labels
+
+
+def _ends(to: NDArray[Any]) -> NDArray[Any]:
+    """Where each way i -> to[i] -> to[to[i]] … ends, at an i that is its own `to[i]`."""
+    while not np.array_equal(further := to[to], to):
+        to = further
+    return to
 
 
 def _ascent(edged: NDArray[np.uint16], at: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -134,18 +142,24 @@ def _join(
             low, high = high, low
         if height[low] - saddle < prominence and (y[low] - y[high]) ** 2 + (x[low] - x[high]) ** 2 <= reach**2:
             parent[low] = high
-    roots = np.array([root(basin) for basin in range(len(parent))])
+    roots = _ends(np.array(parent))
     stands = (roots == np.arange(roots.size)) & (np.array(height) > prominence)
     labels: NDArray[np.int32] = np.where(stands, np.cumsum(stands), 0)[roots].astype(np.int32)
     return labels
 
 
-def _relative_depth(mask: NDArray[np.bool_], mpp: float) -> NDArray[np.float32]:
-    """Depth inside the mask over the depth of the widest part near by (6 µm): about 1 at each nucleus's middle."""
-    depth = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
+def _relative_depth(logits: NDArray[np.float32], least: float, mpp: float) -> NDArray[np.float32]:
+    """Depth inside the mask over the depth of the widest part near by (6 µm): about 1 at each nucleus's middle.
+
+    Measured on px of .3 µm or less, as whole map px are coarse against the neck between two nuclei.
+    """
+    height, width = logits.shape
+    finer = math.ceil(mpp / _DEPTH_MPP)
+    mpp /= finer
+    fine = cv2.resize(logits, (width * finer, height * finer), interpolation=cv2.INTER_LINEAR)
+    depth = cv2.distanceTransform((fine > least).astype(np.uint8), cv2.DIST_L2, 5)
     reach = 2 * max(1, round(3 / mpp)) + 1
     widest = cv2.dilate(depth, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach)))
     relative = (depth / np.maximum(widest, 1)).astype(np.float32)
-    smooth: Any = cv2.GaussianBlur(relative, (0, 0), max(0.5, 0.3 / mpp))
-    result: NDArray[np.float32] = smooth
-    return result
+    smooth = cv2.GaussianBlur(relative, (0, 0), max(0.5, 0.3 / mpp))
+    return np.asarray(cv2.resize(smooth, (width, height), interpolation=cv2.INTER_AREA), np.float32)
