@@ -61,12 +61,13 @@ def carry(
         needed = slice(rows.first[y], rows.second[part][-1] + 1)
         taps = _Taps(rows.first[part] - needed.start, rows.second[part] - needed.start, rows.weight[part])
         value = _interpolated(logits[needed], taps, cols, out=probability[part])
-        _labelled(basins[needed], taps, cols, value > least, out=labels[part])
+        np.multiply(_cells(basins[needed], taps, cols), value > least, out=labels[part])
         # 1 / (1 + exp(-x)) without overflow
         value *= 0.5
         np.tanh(value, out=value)
         value += 1
         value *= 0.5
+    _vote(labels, basins, rows, cols)
     return labels, probability
 
 
@@ -100,18 +101,14 @@ def _interpolated(
     return out
 
 
-def _labelled(
-    basins: NDArray[np.int32], rows: _Taps, cols: _Taps, mask: NDArray[np.bool_], out: NDArray[np.int32]
-) -> None:
-    """Labels of the pixels of `mask`: the basin among the four map px, and where there are several, by vote."""
+def _cells(basins: NDArray[np.int32], rows: _Taps, cols: _Taps) -> NDArray[np.int32]:
+    """The one basin among each pixel's four map px, 0 if there is none, `_SEVERAL` if there are several."""
     highest = _of_four(np.maximum, basins)
     lowest = _of_four(np.minimum, (basins - 1).view(np.uint32)).view(np.int32) + 1  # 0, made the largest, never wins
     cells = np.where(lowest == highest, highest, _SEVERAL)
     cells *= highest > 0
-    np.multiply(np.take(cells, cols.first, axis=1)[rows.first], mask, out=out)
-    y, x = np.divmod(np.flatnonzero(out == _SEVERAL), out.shape[1])
-    if y.size:
-        out[y, x] = _vote(basins, rows, cols, y, x)
+    found: NDArray[np.int32] = np.take(cells, cols.first, axis=1)[rows.first]
+    return found
 
 
 def _of_four(choose: np.ufunc, px: NDArray[Any]) -> NDArray[Any]:
@@ -122,19 +119,19 @@ def _of_four(choose: np.ufunc, px: NDArray[Any]) -> NDArray[Any]:
     return result
 
 
-def _vote(
-    basins: NDArray[np.int32], rows: _Taps, cols: _Taps, y: NDArray[np.intp], x: NDArray[np.intp]
-) -> NDArray[np.int32]:
-    """The basin with the largest share of the bilinear weights, at (y, x)."""
+def _vote(labels: NDArray[np.int32], basins: NDArray[np.int32], rows: _Taps, cols: _Taps) -> None:
+    """Where a label is `_SEVERAL`, put the basin with the largest share of the bilinear weights."""
+    at = np.flatnonzero(labels == _SEVERAL)
+    y, x = np.divmod(at, labels.shape[1])
     ys, xs = (rows.first[y], rows.second[y]), (cols.first[x], cols.second[x])
     wy, wx = (1 - rows.weight[y], rows.weight[y]), (1 - cols.weight[x], cols.weight[x])
     taps = [(i, j) for i in (0, 1) for j in (0, 1)]
     candidates = [basins[ys[i], xs[j]] for i, j in taps]
     weights = [wy[i] * wx[j] for i, j in taps]
-    most, chosen = np.zeros(y.size, np.float32), np.zeros(y.size, np.int32)
+    most, chosen = np.zeros(at.size, np.float32), np.zeros(at.size, np.int32)
     for candidate in candidates:
         share = sum(w * (other == candidate) for w, other in zip(weights, candidates, strict=True))
         # Equal shares go to the higher label: labels follow the raster order of their peaks in every block.
         better = (candidate > 0) & ((share > most) | ((share == most) & (candidate > chosen)))
         most, chosen = np.where(better, share, most), np.where(better, candidate, chosen)
-    return chosen
+    labels.ravel()[at] = chosen

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import cv2
@@ -12,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
-class Nucleus:
+class Nucleus(NamedTuple):
     """One nucleus. Coordinates are level-0 px with pixel (0, 0) covering [0, 1) x [0, 1); sizes are µm."""
 
     id: int  # its value in the label image; 1, 2, … in raster order of the first pixel
@@ -31,7 +29,7 @@ class Nucleus:
 
     def renumbered(self, new_id: int) -> Nucleus:
         """The same nucleus under another id."""
-        return replace(self, id=new_id)
+        return self._replace(id=new_id)
 
     def ring_xy(self) -> NDArray[np.int32]:
         """Closed exterior ring (N, 2) int32 along pixel borders, level-0 px.

@@ -67,8 +67,10 @@ def _basins(level: NDArray[np.uint16], prominence: int, reach: float) -> NDArray
     number[peaks] = np.arange(1, peaks.size + 1)
     basin = np.zeros(flat.size, np.int32)
     basin[at] = number[up]
-    pairs, saddles = _saddles(basin, flat, at, width)
-    keep = _join(flat[at[peaks]], np.divmod(at[peaks], width), pairs, saddles, prominence, reach)
+    heights = np.append(np.uint16(0), flat[at[peaks]])
+    pairs, saddles = _saddles(basin, flat, at, width, heights, prominence)
+    y, x = np.divmod(at[peaks], width)
+    keep = _join(heights.tolist(), [0, *y.tolist()], [0, *x.tolist()], pairs, saddles, prominence, reach)
     labels: NDArray[np.int32] = keep[basin.reshape(edged.shape)[1:-1, 1:-1]]
     return labels
 
@@ -98,18 +100,27 @@ def _ascent(edged: NDArray[np.uint16], at: NDArray[np.intp]) -> NDArray[np.intp]
 
 
 def _saddles(
-    basin: NDArray[np.int32], level: NDArray[np.uint16], at: NDArray[np.intp], width: int
+    basin: NDArray[np.int32],
+    level: NDArray[np.uint16],
+    at: NDArray[np.intp],
+    width: int,
+    heights: NDArray[np.uint16],
+    prominence: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs (N, 2) of basins that touch, and the height (N,) of the highest saddle between them, highest first."""
+    """Pairs (N, 2) of touching basins and their highest saddle (N,), highest first.
+
+    Left out are those over whose saddle both peaks stand out: a basin that others have joined is no lower.
+    """
     found = []
     own = basin[at]
     for step in (1, width - 1, width, width + 1):
         other = basin[at + step]
         border = np.flatnonzero((other != own) & (other > 0))
-        here = at[border]
-        a, b = own[border].astype(np.int64), other[border]
-        depth = _DEEPEST - np.minimum(level[here], level[here + step])
-        found.append((np.minimum(a, b) << 40) | (np.maximum(a, b).astype(np.int64) << 16) | depth)
+        here, a, b = at[border], own[border], other[border]
+        saddle = np.minimum(level[here], level[here + step])
+        shallow = np.flatnonzero(np.minimum(heights[a], heights[b]) - saddle < prominence)
+        a, b, saddle = (values[shallow].astype(np.int64) for values in (a, b, saddle))
+        found.append((np.minimum(a, b) << 40) | (np.maximum(a, b) << 16) | (_DEEPEST - saddle))
     # One number for first basin, second basin, depth: sorted, each pair begins with its highest saddle.
     codes = np.sort(np.concatenate(found))
     pairs, depths = codes >> 16, codes & _DEEPEST
@@ -120,15 +131,15 @@ def _saddles(
 
 
 def _join(
-    heights: NDArray[np.uint16],
-    yx: tuple[NDArray[np.intp], NDArray[np.intp]],
+    height: list[int],
+    y: list[int],
+    x: list[int],
     pairs: NDArray[np.int64],
     saddles: NDArray[np.int64],
     prominence: int,
     reach: float,
 ) -> NDArray[np.int32]:
     """The label of each basin 0, 1, …: that of the peak which it joins, or 0; in the peaks' order."""
-    height, y, x = ([0, *values.tolist()] for values in (heights, *yx))
     parent = list(range(len(height)))
 
     def root(basin: int) -> int:
