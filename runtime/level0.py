@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from nsam.runtime.tiles import Box, Grid
 
 _PART_PX = 1 << 18  # px at a time, so that intermediates stay in the cache
+_Px = TypeVar("_Px", bound=NDArray[Any])
 _SEVERAL = -1  # not one basin but several
 
 
@@ -111,11 +112,11 @@ def _cells(basins: NDArray[np.int32], rows: _Taps, cols: _Taps) -> NDArray[np.in
     return found
 
 
-def _of_four(choose: np.ufunc, px: NDArray[Any]) -> NDArray[Any]:
+def _of_four(choose: np.ufunc, px: _Px) -> _Px:
     """The choice among px (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1), as far as they exist."""
-    result = px.copy()
+    result: _Px = px.copy()
     choose(result[:, :-1], px[:, 1:], out=result[:, :-1])
-    choose(result[:-1], result[1:], out=result[:-1])  # row by row downwards, so no row is used after it was changed
+    choose(result[:-1], result[1:], out=result[:-1])
     return result
 
 

@@ -154,8 +154,8 @@ def _table(labels: NDArray[np.int32], probability: NDArray[np.float32]) -> Itera
     spread = np.sqrt((var_x - var_y) ** 2 + 4 * cov**2)
     major, minor = (np.maximum(var_x + var_y + sign * spread, 0) / 2 for sign in (1, -1))
     eccentricity = np.sqrt(1 - np.divide(minor, major, out=np.ones_like(major), where=major > 0))
-    columns = (value[first], x0, y0, width, height, area, mean_x, mean_y)
-    columns += (4 * np.sqrt(major), 4 * np.sqrt(minor), eccentricity, total(seen) / area)
+    axes = (4 * np.sqrt(major), 4 * np.sqrt(minor), eccentricity)
+    columns = [value[first], x0, y0, width, height, area, mean_x, mean_y, *axes, total(seen) / area]
     yield from map(_Row._make, zip(*(column.tolist() for column in columns), strict=True))
 
 

@@ -119,8 +119,8 @@ def _saddles(
         here, a, b = at[border], own[border], other[border]
         saddle = np.minimum(level[here], level[here + step])
         shallow = np.flatnonzero(np.minimum(heights[a], heights[b]) - saddle < prominence)
-        a, b, saddle = (values[shallow].astype(np.int64) for values in (a, b, saddle))
-        found.append((np.minimum(a, b) << 40) | (np.maximum(a, b) << 16) | (_DEEPEST - saddle))
+        low, high = (choose(a, b)[shallow].astype(np.int64) for choose in (np.minimum, np.maximum))
+        found.append((low << 40) | (high << 16) | (_DEEPEST - saddle[shallow]))
     # One number for first basin, second basin, depth: sorted, each pair begins with its highest saddle.
     codes = np.sort(np.concatenate(found))
     pairs, depths = codes >> 16, codes & _DEEPEST
