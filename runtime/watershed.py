@@ -14,8 +14,8 @@ from nsam.runtime.level0 import logit
 
 _STEPS = 1000  # levels for a distance of 1
 _TOP = 2.0  # a distance beyond is noise
-_DEEPEST = 0xFFFF
-_DEPTH_MPP = 0.3
+_DEEPEST = 0xFFFF  # of 16 bits
+_DEPTH_MPP = 0.3  # µm per px, at most, where depth inside the mask is measured
 _REACH_UM = 20.0  # peaks farther apart are never one nucleus; less than a block's halo
 #: Variance, map px², that smoothing adds because level-0 px lie between map px. Interpolating the distance there
 #: does the same, and `smooth_um` was so defined.
