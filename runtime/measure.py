@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
-class Nucleus:
+class Nucleus(NamedTuple):
     """One nucleus. Coordinates are level-0 px with pixel (0, 0) covering [0, 1) x [0, 1); sizes are µm."""
 
     id: int  # its value in the label image; 1, 2, … in raster order of the first pixel
@@ -28,7 +29,7 @@ class Nucleus:
 
     def renumbered(self, new_id: int) -> Nucleus:
         """The same nucleus under another id."""
-        return replace(self, id=new_id)
+        return self._replace(id=new_id)
 
     def ring_xy(self) -> NDArray[np.int32]:
         """Closed exterior ring (N, 2) int32 along pixel borders, level-0 px.
@@ -50,75 +51,116 @@ class Nucleus:
 
 
 def measure(
-    labels: NDArray[np.int32], probability: NDArray[np.float32], origin_xy: tuple[int, int], mpp: float
+    labels: NDArray[np.int32],
+    probability: NDArray[np.float32],
+    origin_xy: tuple[int, int],
+    mpp: float,
+    min_area_um2: float = 0.0,
 ) -> list[Nucleus]:
     """Measure each label of a label image.
 
     Args:
-        labels: (H, W) int32, 0 = background.
+        labels: (H, W) int32, 0 = background. Of a label in several pieces (8-connected) the largest is the nucleus.
         probability: (H, W) float32 in 0..1, the nucleus probability at the same pixels.
         origin_xy: level-0 position of pixel (0, 0).
         mpp: µm per level-0 px.
+        min_area_um2: smaller ones are left out.
 
     Returns:
         Nuclei in the order of their labels; ids are the labels.
     """
-    # A stable sort by label visits every nucleus's pixels once, in raster order.
-    rows, cols = np.nonzero(labels)
-    if rows.size == 0:
-        return []
-    values = labels[rows, cols]
-    order = np.argsort(values, kind="stable")
-    rows, cols, values = rows[order], cols[order], values[order]
-    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
-    areas = np.diff(np.r_[starts, values.size])
-    probabilities = np.add.reduceat(probability[rows, cols].astype(np.float64), starts) / areas
-    x_min, x_max = np.minimum.reduceat(cols, starts), np.maximum.reduceat(cols, starts)
-    y_min, y_max = rows[starts], np.maximum.reduceat(rows, starts)
-    # Moments about each nucleus's own corner: integers, so exact wherever the block lies.
-    which = np.repeat(np.arange(starts.size), areas)
-    x, y = cols - x_min[which], rows - y_min[which]
-    sums = {
-        name: np.add.reduceat(term, starts).astype(np.float64)
-        for name, term in {"x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y}.items()
-    }
-    mean_x, mean_y = sums["x"] / areas, sums["y"] / areas
-    var_x = sums["xx"] / areas - mean_x**2
-    var_y = sums["yy"] / areas - mean_y**2
-    cov = sums["xy"] / areas - mean_x * mean_y
-    spread = np.sqrt((var_x - var_y) ** 2 + 4 * cov**2)
-    major, minor = ((var_x + var_y + sign * spread) / 2 for sign in (1, -1))
-    minor = np.maximum(minor, 0)
-    eccentricity = np.sqrt(1 - np.divide(minor, major, out=np.ones_like(major), where=major > 0))
-
-    nuclei = []
-    for i, start in enumerate(starts):
-        box = (int(x_min[i]), int(y_min[i]), int(x_max[i] - x_min[i] + 1), int(y_max[i] - y_min[i] + 1))
-        value = int(values[start])
-        mask = labels[box[1] : box[1] + box[3], box[0] : box[0] + box[2]] == value
+    nuclei: list[Nucleus] = []
+    for row in _table(labels, probability):
+        if row.area * mpp**2 < min_area_um2:
+            continue
+        x, y = row.x, row.y
+        mask = labels[y : y + row.height, x : x + row.width] == row.label
+        outlines, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        if len(outlines) > 1:
+            piece = _largest_piece(mask) * np.int32(row.label)
+            seen = probability[y : y + row.height, x : x + row.width]
+            nuclei += measure(piece, seen, (x + origin_xy[0], y + origin_xy[1]), mpp, min_area_um2)
+            continue
         nuclei.append(
             Nucleus(
-                id=value,
-                first_yx=(int(rows[start]) + origin_xy[1], int(cols[start]) + origin_xy[0]),
-                bbox_xywh=(box[0] + origin_xy[0], box[1] + origin_xy[1], box[2], box[3]),
-                centroid_xy=(
-                    float(mean_x[i]) + 0.5 + box[0] + origin_xy[0],
-                    float(mean_y[i]) + 0.5 + box[1] + origin_xy[1],
-                ),
-                area_px=int(areas[i]),
-                area_um2=float(areas[i]) * mpp**2,
-                perimeter_um=_perimeter_px(mask) * mpp,
-                major_um=4 * float(np.sqrt(major[i])) * mpp,
-                minor_um=4 * float(np.sqrt(minor[i])) * mpp,
-                eccentricity=float(eccentricity[i]),
-                probability=float(probabilities[i]),
+                id=row.label,
+                first_yx=(y + origin_xy[1], x + int(mask[0].argmax()) + origin_xy[0]),
+                bbox_xywh=(x + origin_xy[0], y + origin_xy[1], row.width, row.height),
+                centroid_xy=(row.mean_x + 0.5 + x + origin_xy[0], row.mean_y + 0.5 + y + origin_xy[1]),
+                area_px=row.area,
+                area_um2=row.area * mpp**2,
+                # Through the border pixels' centres, plus a half pixel's circle around it.
+                perimeter_um=(cv2.arcLength(outlines[0], True) + math.pi) * mpp,
+                major_um=row.major * mpp,
+                minor_um=row.minor * mpp,
+                eccentricity=row.eccentricity,
+                probability=row.probability,
                 mask=mask,
             )
         )
     return nuclei
 
 
-def _perimeter_px(mask: NDArray[np.bool_]) -> float:
-    """Length of the outline through the border pixels' centres, plus a half pixel's circle around it."""
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return float(sum(cv2.arcLength(contour, True) for contour in contours)) + float(np.pi)
+class _Row(NamedTuple):
+    """What follows from sums over a label's pixels; px, means from the bounding box's corner."""
+
+    label: int
+    x: int
+    y: int
+    width: int
+    height: int
+    area: int
+    mean_x: float
+    mean_y: float
+    major: float
+    minor: float
+    eccentricity: float
+    probability: float
+
+
+def _table(labels: NDArray[np.int32], probability: NDArray[np.float32]) -> Iterator[_Row]:
+    """A row for each label, ascending. Sums go over runs, rows of pixels of one label: some twenty times fewer."""
+    begins = np.ones(labels.shape, np.bool_)
+    np.not_equal(labels[:, 1:], labels[:, :-1], out=begins[:, 1:])
+    begin = np.flatnonzero(begins)
+    value = labels.ravel()[begin]
+    length = np.diff(begin, append=labels.size)
+    seen = np.add.reduceat(probability.ravel(), begin) if begin.size else np.zeros(0, np.float32)
+    kept = np.flatnonzero(value)
+    # A stable sort by label: every label's runs one after the other, in raster order.
+    kept = kept[np.argsort(value[kept], kind="stable")]
+    value, length, seen = value[kept], length[kept], seen[kept].astype(np.float64)
+    y, x = np.divmod(begin[kept], labels.shape[1])
+    first = np.flatnonzero(np.diff(value, prepend=0))
+    if first.size == 0:
+        return
+
+    def total(term: NDArray[Any]) -> NDArray[Any]:
+        result: NDArray[Any] = np.add.reduceat(term, first)
+        return result
+
+    area = total(length)
+    x0, y0 = np.minimum.reduceat(x, first), y[first]
+    width, height = np.maximum.reduceat(x + length, first) - x0, np.maximum.reduceat(y, first) + 1 - y0
+    # Moments about each nucleus's own corner: integers, so exact wherever the block lies.
+    of = np.repeat(np.arange(first.size), np.diff(first, append=value.size))
+    a, y = x - x0[of], y - y0[of]
+    along = length * a + length * (length - 1) // 2  # sum of x over the run
+    squares = length * a * (a + length - 1) + (length - 1) * length * (2 * length - 1) // 6
+    mean_x, mean_y = total(along) / area, total(length * y) / area
+    var_x = total(squares) / area - mean_x**2
+    var_y = total(length * y * y) / area - mean_y**2
+    cov = total(along * y) / area - mean_x * mean_y
+    spread = np.sqrt((var_x - var_y) ** 2 + 4 * cov**2)
+    major, minor = (np.maximum(var_x + var_y + sign * spread, 0) / 2 for sign in (1, -1))
+    eccentricity = np.sqrt(1 - np.divide(minor, major, out=np.ones_like(major), where=major > 0))
+    axes = (4 * np.sqrt(major), 4 * np.sqrt(minor), eccentricity)
+    columns = [value[first], x0, y0, width, height, area, mean_x, mean_y, *axes, total(seen) / area]
+    yield from map(_Row._make, zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _largest_piece(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The largest of its 8-connected pieces; the first of equal ones."""
+    _, pieces, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    largest: NDArray[np.bool_] = pieces == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
+    return largest

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsam.runtime.engines import Engine
+from nsam.runtime.level0 import carry
 from nsam.runtime.measure import Nucleus, measure
 from nsam.runtime.slides import Slide, read_input
-from nsam.runtime.tiles import Box, Grid, blocks, interpolate, map_span, tile_rows
+from nsam.runtime.tiles import Box, Grid, blocks, map_span, tile_rows
 from nsam.runtime.watershed import separate
 
 #: Side of a block's write box, level-0 px: large against the halo, small against memory.
@@ -100,7 +101,8 @@ def segment_maps(
     rows: Iterator[NDArray[np.float32]], engine: Engine, grid: Grid, mpp: float, block_px: int = BLOCK_PX
 ) -> Iterator[Strip]:
     """Separate nuclei in maps that arrive in rows, top to bottom; see `segment_slide`."""
-    halo = math.ceil(engine.card.post.block_halo_um / mpp)
+    card = engine.card
+    halo = math.ceil(card.post.block_halo_um / mpp)
     width, height = grid.level0_wh
     strip = _MapStrip(rows)
     canvas = _Canvas(width)
@@ -110,9 +112,10 @@ def segment_maps(
         maps = strip.rows(top, bottom)
         for block in block_row:
             left, right = map_span(block.read.x0, block.read.x1, grid.map_per_level0[0], grid.map_wh[0])
-            region = interpolate(maps[:, :, left:right], (left, top), block.read, grid)
-            labels, probability = separate(region, engine.card.output, engine.card.post, mpp)
-            found = measure(labels, probability, (block.read.x0, block.read.y0), mpp)
+            part = maps[:, :, left:right]
+            basins = separate(part, card.output, card.post, mpp / grid.map_per_level0[0])
+            labels, probability = carry(basins, part[0], card.post.nucleus_threshold, (left, top), block.read, grid)
+            found = measure(labels, probability, (block.read.x0, block.read.y0), mpp, card.post.min_area_um2)
             canvas.add([nucleus for nucleus in found if _owns(block.write, nucleus)])
         # The next row of blocks can still add nuclei that begin in its halo.
         last = write.y1 == height

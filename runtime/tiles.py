@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -136,38 +135,3 @@ def map_span(start: int, end: int, per_level0: float, length: int) -> tuple[int,
     a = int(np.floor((start + 0.5) * per_level0 - 0.5))
     b = int(np.floor((end - 0.5) * per_level0 - 0.5)) + 2
     return max(a, 0), min(max(b, 1), length)
-
-
-def interpolate(maps: NDArray[np.float32], origin_xy: tuple[int, int], box: Box, grid: Grid) -> NDArray[np.float32]:
-    """Maps at the centres of the level-0 px of `box`, bilinear, from map px.
-
-    Positions come from the slide's own grid and each weight from its position alone, so a pixel has the same
-    value to the bit whichever block asks for it. (OpenCV's resize knows no origin, and its remap rounds.)
-
-    Args:
-        maps: (C, h, w) float32, a part of the slide's maps.
-        origin_xy: where that part lies in the slide's maps.
-        box: level-0 px wanted.
-        grid: the slide's grid.
-
-    Returns:
-        (C, box.height, box.width) float32.
-    """
-    rows, row_weight = _taps(box.y0, box.y1, grid.map_per_level0[1], grid.map_wh[1], origin_xy[1])
-    cols, col_weight = _taps(box.x0, box.x1, grid.map_per_level0[0], grid.map_wh[0], origin_xy[0])
-    upper = np.take(maps, rows[0], axis=1)
-    upper += (np.take(maps, rows[1], axis=1) - upper) * row_weight[None, :, None]
-    left = np.take(upper, cols[0], axis=2)
-    left += (np.take(upper, cols[1], axis=2) - left) * col_weight[None, None, :]
-    return left
-
-
-def _taps(
-    start: int, end: int, per_level0: float, length: int, origin: int
-) -> tuple[tuple[NDArray[np.intp], NDArray[np.intp]], NDArray[np.float32]]:
-    """The two neighbours along one axis and the weight of the second."""
-    position = np.clip((np.arange(start, end) + 0.5) * per_level0 - 0.5, 0, length - 1)
-    first = np.floor(position).astype(np.intp)
-    weight = (position - first).astype(np.float32)
-    second = np.minimum(first + 1, length - 1)
-    return (first - origin, second - origin), weight

@@ -19,8 +19,32 @@ def ellipses(seed: int = 0) -> np.ndarray:
     return labels
 
 
-def test_measurements_equal_regionprops() -> None:
+def largest_pieces(labels: np.ndarray) -> np.ndarray:
+    result = np.zeros_like(labels)
+    for value in np.unique(labels)[1:]:
+        _, pieces, stats, _ = cv2.connectedComponentsWithStats((labels == value).astype(np.uint8), connectivity=8)
+        result[pieces == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()] = value
+    return result
+
+
+def test_of_several_pieces_the_largest_is_measured() -> None:
     labels = ellipses()
+    whole = largest_pieces(labels)
+    assert (whole != labels).any()
+    probability = np.random.default_rng(1).random(labels.shape).astype(np.float32)
+    for a, b in zip(measure(labels, probability, (7, 9), 0.5), measure(whole, probability, (7, 9), 0.5), strict=True):
+        np.testing.assert_array_equal(a.mask, b.mask)
+        assert a._replace(mask=b.mask) == b
+
+
+def test_small_nuclei_are_left_out() -> None:
+    labels = np.array([[1, 1, 0, 3], [1, 1, 0, 3]], np.int32)
+    for least, wanted in ((0.75, [1]), (0.5, [1, 3]), (1.01, [])):
+        assert [n.id for n in measure(labels, np.ones((2, 4), np.float32), (0, 0), 0.5, least)] == wanted
+
+
+def test_measurements_equal_regionprops() -> None:
+    labels = largest_pieces(ellipses())
     probability = np.random.default_rng(1).random(labels.shape).astype(np.float32)
     found = measure(labels, probability, (0, 0), 0.5)
     names = ("label", "area", "centroid", "axis_major_length", "axis_minor_length", "eccentricity", "mean_intensity")

@@ -1,16 +1,26 @@
-"""Separation: peaks that stand out start a nucleus, and those that do not, do not."""
+"""Separation: peaks that stand out start a nucleus, and those that do not, do not; flooding agrees."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+from flooding import flooded
+from skimage.morphology import h_maxima
 
+import nsam.runtime
 from nsam.runtime.card import OutputSpec, PostSpec
-from nsam.runtime.watershed import separate, without_small
+from nsam.runtime.metrics import Score, mean_and_pooled, score
+from nsam.runtime.pipeline import map_rows, segment_maps
+from nsam.runtime.slides import ArraySlide
+from nsam.runtime.tiles import Grid
+from nsam.runtime.watershed import _basins, separate
+from nsam.train.data import find_samples, read_sample
 
-POST = PostSpec(seed_prominence=0.1, smooth_um=0.1, min_area_um2=0.0)
+POST = PostSpec(seed_prominence=0.1, smooth_um=0.05, min_area_um2=0.0)
 
 
 def two_bumps(saddle: float) -> np.ndarray:
@@ -24,9 +34,8 @@ def two_bumps(saddle: float) -> np.ndarray:
 
 @pytest.mark.parametrize(("saddle", "count"), [(0.5, 2), (0.8, 2), (0.93, 1), (1.0, 1)])
 def test_a_dip_of_the_prominence_divides(saddle: float, count: int) -> None:
-    labels, probability = separate(two_bumps(saddle), OutputSpec(), POST, 0.25)
+    labels = separate(two_bumps(saddle), OutputSpec(), POST, 0.25)
     assert len(np.unique(labels)) - 1 == count
-    assert probability.shape == labels.shape
     if count == 2:
         left, right = labels[15, 20], labels[15, 60]
         assert left != right
@@ -36,8 +45,8 @@ def test_a_dip_of_the_prominence_divides(saddle: float, count: int) -> None:
 def test_smoothing_removes_peaks_of_noise() -> None:
     maps = two_bumps(1.0)
     maps[1] += np.random.default_rng(0).normal(0, 0.15, maps[1].shape).astype(np.float32)
-    rough = separate(maps, OutputSpec(), POST, 0.25)[0]
-    smooth = separate(maps, OutputSpec(), replace(POST, smooth_um=0.6), 0.25)[0]
+    rough = separate(maps, OutputSpec(), POST, 0.25)
+    smooth = separate(maps, OutputSpec(), replace(POST, smooth_um=0.6), 0.25)
     assert len(np.unique(rough)) > 5
     assert len(np.unique(smooth)) == 2
 
@@ -45,12 +54,48 @@ def test_smoothing_removes_peaks_of_noise() -> None:
 def test_nothing_above_the_threshold_is_nothing() -> None:
     maps = two_bumps(1.0)
     maps[0] = -5
-    assert separate(maps, OutputSpec(), POST, 0.25)[0].max() == 0
-    maps[0], maps[1] = 5, -1  # a mask without any distance has no seed
-    assert separate(maps, OutputSpec(), POST, 0.25)[0].max() == 0
+    assert separate(maps, OutputSpec(), POST, 0.25).max() == 0
+    maps[0], maps[1] = 5, -1  # a mask without any distance has no peak
+    assert separate(maps, OutputSpec(), POST, 0.25).max() == 0
 
 
-def test_small_nuclei_are_dropped_and_ids_stay() -> None:
-    labels = np.array([[1, 1, 0, 3], [1, 1, 0, 3]], np.int32)
-    assert without_small(labels, 3).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0]]
-    assert without_small(labels, 2).tolist() == labels.tolist()
+def test_a_plateau_is_one_nucleus_and_peaks_far_apart_are_two() -> None:
+    level = np.zeros((40, 60), np.uint16)
+    level[5:35, 5:55] = 700
+    assert np.unique(_basins(level, 100, 1000)).tolist() == [0, 1]
+    level[20, 10] = level[20, 50] = 710
+    assert np.unique(_basins(level, 100, 1000)).tolist() == [0, 1]
+    assert np.unique(_basins(level, 100, 30)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("prominence", [20, 100, 300])
+def test_nuclei_are_as_many_as_the_h_maxima_and_hold_one_each(prominence: int) -> None:
+    rng = np.random.default_rng(prominence)
+    level = cv2.GaussianBlur(rng.normal(0, 4000, (150, 220)), (0, 0), 2).clip(0, 2000).astype(np.uint16)
+    labels = _basins(level, prominence, np.inf)
+    # Theirs must stand out by the height, over the ground too; ours over the ground by more.
+    count, peaks = cv2.connectedComponents(h_maxima(level, prominence).astype(np.uint8), connectivity=8)
+    wanted = [np.unique(labels[(peaks == i) & (level > prominence)]).tolist() for i in range(1, count)]
+    wanted = [found for found in wanted if found]
+    assert sorted(wanted) == [[i] for i in range(1, labels.max() + 1)]
+    assert len(wanted) > 20
+
+
+def test_flooding_at_full_resolution_gives_the_same(data_dir: Path) -> None:
+    """The default model's maps of real images: AJI and PQ of both ways; `benchmarks/separation.py` has all images."""
+    engine = nsam.runtime.load(device="cpu", threads=1)
+    card = engine.card
+    scores: dict[str, list[Score]] = {"fast": [], "slow": [], "between": []}
+    for source, every in (("nuinsseg", 110), ("tnbc", 12)):
+        for sample in find_samples(data_dir / source)[::every]:
+            image, truth = read_sample(sample)
+            grid = Grid.of((truth.shape[1], truth.shape[0]), sample.mpp, card.input.mpp, card.output.stride)
+            maps = np.concatenate(list(map_rows(ArraySlide(image, sample.image), engine, grid, 1)), axis=1)
+            fast = np.concatenate([s.labels for s in segment_maps(iter([maps]), engine, grid, sample.mpp)])
+            slow = flooded(maps, card.output, card.post, grid, sample.mpp)[0]
+            for name, pair in {"fast": (truth, fast), "slow": (truth, slow), "between": (slow, fast)}.items():
+                scores[name].append(score(*pair))
+    fast, slow, between = (mean_and_pooled(scores[name])[0] for name in scores)
+    for metric in ("dice", "aji", "pq"):
+        assert fast[metric] == pytest.approx(slow[metric], abs=0.006), metric
+        assert between[metric] > 0.97, metric

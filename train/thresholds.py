@@ -9,10 +9,9 @@ import numpy as np
 
 from nsam.runtime.card import PostSpec
 from nsam.runtime.metrics import score
-from nsam.runtime.pipeline import map_rows
+from nsam.runtime.pipeline import map_rows, segment_maps
 from nsam.runtime.slides import ArraySlide
-from nsam.runtime.tiles import Box, Grid, interpolate
-from nsam.runtime.watershed import separate, without_small
+from nsam.runtime.tiles import Grid
 from nsam.train.data import Sample, read_sample
 from nsam.train.evaluate import TorchEngine
 
@@ -33,24 +32,20 @@ def choose_post(samples: list[Sample], engine: TorchEngine) -> tuple[PostSpec, f
         The thresholds and what they reached.
     """
     card = engine.card
-    floods = list(itertools.product(NUCLEUS_THRESHOLDS, SEED_PROMINENCES, SMOOTH_UM))
-    reached = np.zeros((len(floods), len(MIN_AREAS_UM2)))
+    choices = [
+        replace(card.post, nucleus_threshold=nucleus, seed_prominence=prominence, smooth_um=smooth, min_area_um2=area)
+        for nucleus, prominence, smooth, area in itertools.product(
+            NUCLEUS_THRESHOLDS, SEED_PROMINENCES, SMOOTH_UM, MIN_AREAS_UM2
+        )
+    ]
+    reached = np.zeros(len(choices))
     for sample in samples:
         image, truth = read_sample(sample)
         slide = ArraySlide(image, sample.image)
         grid = Grid.of(slide.size_wh, sample.mpp, card.input.mpp, card.output.stride)
-        maps = np.concatenate(list(map_rows(slide, engine, grid, batch=4)), axis=1)
-        maps = interpolate(maps, (0, 0), Box(0, 0, *slide.size_wh), grid)
-        for i, flood in enumerate(floods):
-            post = _with(card.post, *flood, 0.0)
-            # Nuclei are dropped after flooding, so one flood serves all areas.
-            labels = separate(maps, card.output, post, sample.mpp)[0]
-            for j, area in enumerate(MIN_AREAS_UM2):
-                found = score(truth, without_small(labels, area / sample.mpp**2))
-                reached[i, j] += (found.aji + found.pq) / 2 / len(samples)
-    best, smallest = np.unravel_index(reached.argmax(), reached.shape)
-    return _with(card.post, *floods[best], MIN_AREAS_UM2[smallest]), float(reached.max())
-
-
-def _with(post: PostSpec, nucleus: float, prominence: float, smooth: float, area: float) -> PostSpec:
-    return replace(post, nucleus_threshold=nucleus, seed_prominence=prominence, smooth_um=smooth, min_area_um2=area)
+        rows = list(map_rows(slide, engine, grid, batch=4))
+        for i, post in enumerate(choices):
+            strips = segment_maps(iter(rows), engine.with_post(post), grid, sample.mpp)
+            found = score(truth, np.concatenate([strip.labels for strip in strips]))
+            reached[i] += (found.aji + found.pq) / 2 / len(samples)
+    return choices[reached.argmax()], float(reached.max())
