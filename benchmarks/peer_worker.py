@@ -30,14 +30,13 @@ def nsam(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -> dic
     from pathlib import Path
 
     from nsam.runtime.engines import load
-    from nsam.runtime.pipeline import map_rows, segment_slide
+    from nsam.runtime.pipeline import Frame, map_rows, segment_slide
     from nsam.runtime.slides import ArraySlide
-    from nsam.runtime.tiles import Grid
 
     engine = load(threads=threads)
     slide = ArraySlide(image, Path("image"), mpp)
-    grid = Grid.of(slide.size_wh, mpp, engine.card.input.mpp, engine.card.output.stride)
-    network, _ = best(lambda: list(map_rows(slide, engine, grid, batch=1)))
+    frame = Frame.of(slide, engine.card, mpp)
+    network, _ = best(lambda: list(map_rows(slide, engine, frame, batch=1)))
     whole, strips = best(lambda: list(segment_slide(slide, engine, mpp, batch=1)))
     return {
         "network_s": network,

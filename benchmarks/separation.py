@@ -19,7 +19,7 @@ from nsam.runtime.engines import load
 from nsam.runtime.level0 import carry
 from nsam.runtime.measure import Nucleus, measure
 from nsam.runtime.metrics import Score, mean_and_pooled, score
-from nsam.runtime.pipeline import BLOCK_PX, map_rows
+from nsam.runtime.pipeline import BLOCK_PX, Frame, map_rows
 from nsam.runtime.slides import ArraySlide
 from nsam.runtime.tiles import Box, Grid
 from nsam.runtime.watershed import separate
@@ -71,8 +71,9 @@ def main(
     for sample in samples:
         image, truth = read_sample(sample)
         slide = ArraySlide(image, sample.image)
-        grid = Grid.of(slide.size_wh, sample.mpp, card.input.mpp, card.output.stride)
-        case = Case(np.concatenate(list(map_rows(slide, engine, grid, batch=1)), axis=1), grid, sample.mpp, truth)
+        frame = Frame.of(slide, card, sample.mpp)
+        maps = np.concatenate(list(map_rows(slide, engine, frame, batch=1)), axis=1)
+        case = Case(maps, frame.grid, sample.mpp, truth)
         found = {name: way(case, card) for name, way in (("reference", reference), ("nsam", fast))}
         for name, (nuclei, steps) in found.items():
             times[name].append(steps)

@@ -70,7 +70,7 @@ def check(model_dir: Path, say: Callable[[str], None] = lambda line: None) -> No
 
 
 def _nuclei(maps: NDArray[np.float32], card: ModelCard) -> NDArray[np.int32]:
-    return separate(maps, card.output, card.post, card.input.mpp * card.output.stride)[0]
+    return separate(maps, card.output, card.post, card.input.mpp * card.output.stride)
 
 
 def _readable(path: Path) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsam.runtime.measure import Nucleus
-from nsam.runtime.writers import write_bytes
+from nsam.runtime.writers import output_errors, write_bytes
 
 FOLDER = "bands.part"  # no result: it goes when the results are there
 
@@ -56,6 +56,8 @@ class BandStore:
             OutputError: the folder cannot be written.
         """
         if not (self._folder / "key").is_file():
+            with output_errors(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
             write_bytes(self._folder / "key", self._key.encode())
         content = io.BytesIO()
         np.savez(content, **pack(nuclei))

@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from nsam.runtime import engines
+from nsam.runtime.bands import BandStore
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import InputError, NsamError, OutputError
 from nsam.runtime.inputs import find_slides, folder_names
@@ -153,7 +154,16 @@ class _Job:
             with _at("mpp"):
                 mpp, mpp_source = _mpp(slide, self.settings.mpp)
             with _at("infer"):
-                strips = segment_slide(slide, self.engine, mpp, batch=self.settings.batch, on_progress=on_progress)
+                store = BandStore(folder, f"{self.run_hash} {path.resolve()} {path.stat().st_mtime_ns} {mpp}")
+                strips = segment_slide(
+                    slide,
+                    self.engine,
+                    mpp,
+                    batch=self.settings.batch,
+                    workers=self.settings.workers or max(1, engines.available_cores() // 2),
+                    store=store,
+                    on_progress=on_progress,
+                )
                 nuclei = write_results(strips, slide, mpp, folder, outputs)
         width, height = slide.size_wh
         area_mm2 = width * height * mpp**2 / 1e6
@@ -174,6 +184,7 @@ class _Job:
                 for name in OUTPUTS.keys() - set(outputs):
                     (folder / OUTPUTS[name]).unlink(missing_ok=True)
             write_text(folder / DONE_NAME, _json(done))
+            store.clear()
         return nuclei
 
 

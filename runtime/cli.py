@@ -77,6 +77,11 @@ def _outputs(context: click.Context, option: click.Parameter, text: str) -> tupl
     help="CPU threads of the network.  [default: the cores of this container]",
 )
 @click.option(
+    "--workers",
+    type=click.IntRange(1, 1024),
+    help="Threads that separate nuclei while the network runs on.  [default: half the cores]",
+)
+@click.option(
     "--batch",
     type=click.IntRange(1, 256),
     default=Settings.batch,
@@ -129,3 +134,7 @@ def main(verbose: bool, **options: Any) -> None:
         click.echo("interrupted; finished slides are kept", err=True)
         sys.exit(130)
     sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

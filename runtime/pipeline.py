@@ -1,43 +1,95 @@
-"""Slide -> strips of labels and nuclei: read | infer | separate | own.
+"""Slide -> strips of labels and nuclei: read | infer | separate | own, each stage in threads of its own.
 
 The network fills a rolling strip of maps, each map px predicted once; blocks of it are separated with a halo, and
-a nucleus belongs to the block whose write box holds its centroid. Nothing is merged. Ids follow the raster order
-of the nuclei's first pixels, so they do not depend on the blocks.
+a nucleus belongs to the block whose write box holds its centroid. Nothing is merged. A band is what a row of blocks
+owns; bands can be kept on disk and made in any order. Ids follow the raster order of the nuclei's first pixels, so
+they depend neither on the blocks nor on the threads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nsam.runtime.bands import BandStore
+from nsam.runtime.canvas import Canvas, Strip
+from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import Engine
 from nsam.runtime.level0 import carry
 from nsam.runtime.measure import Nucleus, measure
+from nsam.runtime.prefetch import prefetch
 from nsam.runtime.slides import Slide, read_input
-from nsam.runtime.tiles import Box, Grid, blocks, map_span, tile_rows
+from nsam.runtime.tiles import Block, Box, Grid, Tile, blocks, map_span, tile_rows
 from nsam.runtime.watershed import separate
 
 #: Side of a block's write box, level-0 px: large against the halo, small against memory.
 BLOCK_PX = 2048
+#: Batches of tiles that are read ahead of the network, and rows of maps that it may be ahead of the separation.
+READ_AHEAD, MAPS_AHEAD = 2, 1
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Strip:
-    """Finished rows of a slide; strips come top to bottom without gap or overlap.
+class Frame:
+    """How a slide is cut: the same for every process that works on it.
 
     Attributes:
-        y0: first level-0 row.
-        labels: (h, W) int32 of those rows, 0 = background.
-        nuclei: those whose first pixel lies in these rows, ids ascending.
+        grid: the slide's grids.
+        card: the model's.
+        mpp: µm per level-0 px.
+        block_px: side of a post-processing block; the result does not depend on it.
     """
 
-    y0: int
-    labels: NDArray[np.int32]
-    nuclei: list[Nucleus]
+    grid: Grid
+    card: ModelCard
+    mpp: float
+    block_px: int = BLOCK_PX
+
+    @classmethod
+    def of(cls, slide: Slide, card: ModelCard, mpp: float, block_px: int = BLOCK_PX) -> Frame:
+        """The frame of an open slide."""
+        return cls(Grid.of(slide.size_wh, mpp, card.input.mpp, card.output.stride), card, mpp, block_px)
+
+    @cached_property
+    def halo(self) -> int:
+        """Context of a block, level-0 px."""
+        return math.ceil(self.card.post.block_halo_um / self.mpp)
+
+    @cached_property
+    def bands(self) -> list[list[Block]]:
+        """Rows of blocks, top to bottom."""
+        return list(blocks(self.grid.level0_wh, self.block_px, self.halo))
+
+    @cached_property
+    def tiles(self) -> list[list[Tile]]:
+        """Rows of the network's tiles, top to bottom."""
+        return list(tile_rows(self.grid.input_wh, self.card.input.size, self.card.post.tile_halo_px))
+
+    def map_rows(self, band: int) -> tuple[int, int]:
+        """Map rows [top, bottom) that a band needs."""
+        read = self.bands[band][0].read
+        return map_span(read.y0, read.y1, self.grid.map_per_level0[1], self.grid.map_wh[1])
+
+    def tile_rows(self, first: int, last: int) -> tuple[int, int]:
+        """Rows [a, b) of tiles that the bands [first, last) need."""
+        top, bottom = self.map_rows(first)[0], self.map_rows(last - 1)[1]
+        spans = [self.written(row) for row in self.tiles]
+        needed = [i for i, (y0, y1) in enumerate(spans) if y1 > top and y0 < bottom]
+        return needed[0], needed[-1] + 1
+
+    def written(self, row: list[Tile]) -> tuple[int, int]:
+        """Map rows [y0, y1) that a row of tiles fills."""
+        stride = self.card.output.stride
+        return row[0].write.y0 // stride, -(-row[0].write.y1 // stride)
 
 
 def segment_slide(
@@ -47,7 +99,9 @@ def segment_slide(
     *,
     batch: int = 4,
     block_px: int = BLOCK_PX,
-    on_progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
+    store: BandStore | None = None,
+    on_progress: Progress | None = None,
 ) -> Iterator[Strip]:
     """Segment a slide, strip by strip, in memory that grows with its width only.
 
@@ -57,6 +111,8 @@ def segment_slide(
         mpp: µm per level-0 px.
         batch: tiles a pass of the network.
         block_px: side of a post-processing block; the result does not depend on it.
+        workers: threads that separate nuclei while the network runs on; the result does not depend on them.
+        store: keeps finished bands, and gives those of an earlier run.
         on_progress: called with (tiles done, tiles in all).
 
     Yields:
@@ -65,61 +121,149 @@ def segment_slide(
     Raises:
         InputError: the slide could not be read.
     """
-    grid = Grid.of(slide.size_wh, mpp, engine.card.input.mpp, engine.card.output.stride)
-    yield from segment_maps(map_rows(slide, engine, grid, batch, on_progress), engine, grid, mpp, block_px)
+    frame = Frame.of(slide, engine.card, mpp, block_px)
+    made = _stored_or_made(slide, engine, frame, batch, workers, store, on_progress)
+    yield from assemble(made, frame)
+
+
+def assemble(bands: Iterable[list[Nucleus]], frame: Frame) -> Iterator[Strip]:
+    """All bands of a slide, top to bottom -> its strips."""
+    canvas = Canvas(frame.grid.level0_wh[0])
+    height = frame.grid.level0_wh[1]
+    for nuclei, row in zip(bands, frame.bands, strict=True):
+        canvas.add(nuclei)
+        # The next band can still add nuclei that begin in its halo.
+        y1 = row[0].write.y1
+        yield canvas.finish(height if y1 == height else max(canvas.y0, y1 - frame.halo))
+
+
+def make_bands(
+    slide: Slide,
+    engine: Engine,
+    frame: Frame,
+    first: int,
+    last: int,
+    *,
+    batch: int = 4,
+    workers: int = 1,
+    on_progress: Progress | None = None,
+) -> Iterator[list[Nucleus]]:
+    """The nuclei that bands [first, last) own, each measured, ids 0; see `segment_slide`.
+
+    Maps at the upper and lower end are predicted for the neighbours, too: by the same tiles, so to the same values.
+    """
+    rows = range(*frame.tile_rows(first, last))
+    total, done = sum(len(frame.tiles[row]) for row in rows), 0
+
+    def count(tiles: int) -> None:
+        nonlocal done
+        done += tiles
+        if on_progress:
+            on_progress(done, total)
+
+    with closing(prefetch(map_rows(slide, engine, frame, rows, batch, count), MAPS_AHEAD)) as maps:
+        yield from separate_bands(maps, frame, first, last, workers)
 
 
 def map_rows(
     slide: Slide,
     engine: Engine,
-    grid: Grid,
-    batch: int,
-    on_progress: Callable[[int, int], None] | None = None,
+    frame: Frame,
+    rows: range | None = None,
+    batch: int = 4,
+    on_tiles: Callable[[int], None] = lambda tiles: None,
 ) -> Iterator[NDArray[np.float32]]:
-    """The slide's maps, top to bottom: (C, h, map width) float32 for each row of tiles."""
-    card = engine.card
-    stride = card.output.stride
-    rows = list(tile_rows(grid.input_wh, card.input.size, card.post.tile_halo_px))
-    total, done = sum(len(row) for row in rows), 0
-    for row in rows:
-        top, bottom = row[0].write.y0 // stride, -(-row[0].write.y1 // stride)
-        maps = np.empty((len(card.output.channels), bottom - top, grid.map_wh[0]), np.float32)
-        for start in range(0, len(row), batch):
-            tiles = row[start : start + batch]
-            images = np.stack([read_input(slide, tile.read, grid) for tile in tiles])
-            for tile, result in zip(tiles, engine.run(images), strict=True):
-                left, right = tile.write.x0 // stride, -(-tile.write.x1 // stride)
-                x, y = left - tile.read.x0 // stride, top - tile.read.y0 // stride
-                maps[:, :, left:right] = result[:, y : y + bottom - top, x : x + right - left]
-            done += len(tiles)
-            if on_progress:
-                on_progress(done, total)
-        yield maps
+    """The slide's maps, top to bottom: (C, h, map width) float32 for each row of tiles, or those of `rows`."""
+    stride = frame.card.output.stride
+    chosen = frame.tiles if rows is None else [frame.tiles[row] for row in rows]
+
+    def batches() -> Iterator[tuple[list[Tile], NDArray[np.uint8]]]:
+        # A batch ends with its row, so a tile's company, and with it the last bit of its maps, is always the same.
+        for row in chosen:
+            for start in range(0, len(row), batch):
+                tiles = row[start : start + batch]
+                yield tiles, np.stack([read_input(slide, tile.read, frame.grid) for tile in tiles])
+
+    with closing(prefetch(batches(), READ_AHEAD)) as read:
+        for row in chosen:
+            top, bottom = frame.written(row)
+            maps = np.empty((len(frame.card.output.channels), bottom - top, frame.grid.map_wh[0]), np.float32)
+            filled = 0
+            while filled < len(row):
+                tiles, images = next(read)
+                for tile, result in zip(tiles, engine.run(images), strict=True):
+                    left, right = tile.write.x0 // stride, -(-tile.write.x1 // stride)
+                    x, y = left - tile.read.x0 // stride, top - tile.read.y0 // stride
+                    maps[:, :, left:right] = result[:, y : y + bottom - top, x : x + right - left]
+                filled += len(tiles)
+                on_tiles(len(tiles))
+            yield maps
 
 
-def segment_maps(
-    rows: Iterator[NDArray[np.float32]], engine: Engine, grid: Grid, mpp: float, block_px: int = BLOCK_PX
-) -> Iterator[Strip]:
-    """Separate nuclei in maps that arrive in rows, top to bottom; see `segment_slide`."""
-    card = engine.card
-    halo = math.ceil(card.post.block_halo_um / mpp)
-    width, height = grid.level0_wh
-    strip = _MapStrip(rows)
-    canvas = _Canvas(width)
-    for block_row in blocks(grid.level0_wh, block_px, halo):
-        read, write = block_row[0].read, block_row[0].write
-        top, bottom = map_span(read.y0, read.y1, grid.map_per_level0[1], grid.map_wh[1])
-        maps = strip.rows(top, bottom)
-        for block in block_row:
-            left, right = map_span(block.read.x0, block.read.x1, grid.map_per_level0[0], grid.map_wh[0])
-            part = maps[:, :, left:right]
-            basins = separate(part, card.output, card.post, mpp / grid.map_per_level0[0])
-            labels, probability = carry(basins, part[0], card.post.nucleus_threshold, (left, top), block.read, grid)
-            found = measure(labels, probability, (block.read.x0, block.read.y0), mpp, card.post.min_area_um2)
-            canvas.add([nucleus for nucleus in found if _owns(block.write, nucleus)])
-        # The next row of blocks can still add nuclei that begin in its halo.
-        last = write.y1 == height
-        yield canvas.finish(height if last else max(canvas.y0, write.y1 - halo))
+def separate_bands(
+    rows: Iterator[NDArray[np.float32]], frame: Frame, first: int = 0, last: int | None = None, workers: int = 1
+) -> Iterator[list[Nucleus]]:
+    """Separate and measure the nuclei of bands [first, last) in maps that arrive in rows, top to bottom."""
+    last = len(frame.bands) if last is None else last
+    start = frame.written(frame.tiles[frame.tile_rows(first, last)[0]])[0]
+    strip = _MapStrip(rows, start)
+    waiting: deque[list[Future[list[Nucleus]]]] = deque()
+    with ThreadPoolExecutor(workers, "nsam-separate") as pool:
+        for band in range(first, last):
+            top, bottom = frame.map_rows(band)
+            maps = strip.rows(top, bottom)
+            waiting.append([pool.submit(block_nuclei, maps, top, block, frame) for block in frame.bands[band]])
+            # One band is separated while the maps of the next come in.
+            if len(waiting) > 1:
+                yield [nucleus for future in waiting.popleft() for nucleus in future.result()]
+        for futures in waiting:
+            yield [nucleus for future in futures for nucleus in future.result()]
+
+
+def block_nuclei(maps: NDArray[np.float32], top: int, block: Block, frame: Frame) -> list[Nucleus]:
+    """The nuclei that a block owns.
+
+    Args:
+        maps: (C, h, map width) float32, map rows from `top` on.
+        top: see there.
+        block: of one of the frame's bands.
+        frame: the slide's.
+    """
+    grid, post = frame.grid, frame.card.post
+    left, right = map_span(block.read.x0, block.read.x1, grid.map_per_level0[0], grid.map_wh[0])
+    part = maps[:, :, left:right]
+    basins = separate(part, frame.card.output, post, frame.mpp / grid.map_per_level0[0])
+    labels, probability = carry(basins, part[0], post.nucleus_threshold, (left, top), block.read, grid)
+    found = measure(labels, probability, (block.read.x0, block.read.y0), frame.mpp, post.min_area_um2)
+    return [nucleus.renumbered(0) for nucleus in found if _owns(block.write, nucleus)]
+
+
+def _stored_or_made(
+    slide: Slide,
+    engine: Engine,
+    frame: Frame,
+    batch: int,
+    workers: int,
+    store: BandStore | None,
+    on_progress: Progress | None,
+) -> Iterator[list[Nucleus]]:
+    """All bands, top to bottom: from the store where they are, else made, and stored."""
+    count = len(frame.bands)
+    band = 0
+    while band < count:
+        if store and (nuclei := store.read(band)) is not None:
+            yield nuclei
+            band += 1
+            continue
+        end = band + 1
+        while end < count and not (store and store.has(end)):
+            end += 1
+        made = make_bands(slide, engine, frame, band, end, batch=batch, workers=workers, on_progress=on_progress)
+        for nuclei in made:
+            if store:
+                store.write(band, nuclei)
+            yield nuclei
+            band += 1
 
 
 def _owns(write: Box, nucleus: Nucleus) -> bool:
@@ -128,17 +272,17 @@ def _owns(write: Box, nucleus: Nucleus) -> bool:
 
 
 class _MapStrip:
-    """A window over rows of maps that arrive top to bottom."""
+    """A window over rows of maps that arrive top to bottom, from map row `top` on."""
 
-    def __init__(self, rows: Iterator[NDArray[np.float32]]) -> None:
+    def __init__(self, rows: Iterator[NDArray[np.float32]], top: int) -> None:
         self._source = rows
-        self._top = 0
+        self._top = top
         self._maps: NDArray[np.float32] | None = None
 
     def rows(self, top: int, bottom: int) -> NDArray[np.float32]:
         """Map rows [top, bottom); rows above `top` are forgotten."""
         parts = [] if self._maps is None else [self._maps[:, max(0, top - self._top) :]]
-        first = max(top, self._top) if parts else 0
+        first = max(top, self._top) if parts else self._top
         end = first + (parts[0].shape[1] if parts else 0)
         while end < bottom:
             parts.append(next(self._source))
@@ -146,35 +290,3 @@ class _MapStrip:
         self._maps = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
         self._top = first
         return self._maps[:, top - first : bottom - first]
-
-
-class _Canvas:
-    """Label rows that are not yet finished, and the nuclei waiting for their id."""
-
-    def __init__(self, width: int) -> None:
-        self.y0 = 0
-        self._labels = np.zeros((0, width), np.int32)
-        self._waiting: list[Nucleus] = []
-        self._next_id = 1
-
-    def add(self, nuclei: list[Nucleus]) -> None:
-        self._waiting += nuclei
-
-    def finish(self, y1: int) -> Strip:
-        """Number and paint all nuclei that begin above `y1`, and let go of the rows above it."""
-        ready = sorted((n for n in self._waiting if n.first_yx[0] < y1), key=lambda n: n.first_yx)
-        self._waiting = [n for n in self._waiting if n.first_yx[0] >= y1]
-        ready = [n.renumbered(self._next_id + i) for i, n in enumerate(ready)]
-        self._next_id += len(ready)
-        end = max([y1, *(n.bbox_xywh[1] + n.bbox_xywh[3] for n in ready)])
-        missing = end - self.y0 - len(self._labels)
-        if missing > 0:
-            self._labels = np.pad(self._labels, ((0, missing), (0, 0)))
-        for nucleus in ready:
-            x, y, w, h = nucleus.bbox_xywh
-            window = self._labels[y - self.y0 : y - self.y0 + h, x : x + w]
-            window[nucleus.mask & (window == 0)] = nucleus.id
-        strip = Strip(self.y0, self._labels[: y1 - self.y0], ready)
-        self._labels = self._labels[y1 - self.y0 :]
-        self.y0 = y1
-        return strip

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _END = object()
 
 
-def prefetch(items: Iterable[_T], depth: int) -> Iterator[_T]:
+def prefetch(items: Iterable[_T], depth: int) -> Generator[_T, None, None]:
     """The same items in the same order, made ahead in a thread, `depth` of them at most.
 
     An exception of `items` is raised here in its place. When the caller stops early, the thread is told to, and has

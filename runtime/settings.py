@@ -36,6 +36,8 @@ class Settings:
     precision: Precision = "auto"
     #: CPU threads of the network; None: the cores of the container, which a library would overlook.
     threads: int | None = None
+    #: Threads that separate nuclei beside the network; None: half the cores, for the network has the others.
+    workers: int | None = None
     #: Tiles a pass. Four fill a GPU fairly at little memory; on a CPU the number hardly matters.
     batch: int = 4
     #: Views of each tile whose maps are averaged; each costs a whole pass of the network.

@@ -11,8 +11,8 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from nsam.runtime.canvas import Strip
 from nsam.runtime.errors import OutputError
-from nsam.runtime.pipeline import Strip
 from nsam.runtime.settings import DONE_NAME, OUTPUTS
 from nsam.runtime.sinks import Add, csv_sink, geojson_sink, overlay_sink
 from nsam.runtime.slides import Slide
@@ -82,10 +82,19 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one step.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     part = _part(path)
     with output_errors(path), ExitStack() as cleanup:
         cleanup.callback(part.unlink, missing_ok=True)
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content)
         os.replace(part, path)
 
 

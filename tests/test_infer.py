@@ -180,7 +180,7 @@ def test_files_of_a_run(infer: Callable[..., Result], png: Path, tiny_model: Pat
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert run["settings"]["mpp"] == 0.25
     assert run["model"]["name"] == "tiny"
-    assert run["device"].startswith("cpu (ONNX Runtime")
+    assert run["device"].startswith("cpu fp32 (ONNX Runtime")
     assert run["device"] in result.output
     assert "1 slides done, 0 skipped, 0 failed; 9 nuclei in" in result.output
     assert result.stderr == ""

@@ -1,6 +1,7 @@
 """Tiling changes nothing: over the same maps, blocks give the very label image of one pass."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from nsam.runtime.canvas import Strip
 from nsam.runtime.card import ModelCard
-from nsam.runtime.pipeline import Strip, segment_maps, segment_slide
+from nsam.runtime.pipeline import Frame, assemble, make_bands, segment_slide, separate_bands
 from nsam.runtime.slides import ArraySlide
 from nsam.runtime.tiles import Grid
 from nsam.train.data import find_samples, read_sample
@@ -58,17 +60,17 @@ def test_a_mosaic_of_real_images_is_the_same_in_any_blocks(data_dir: Path, noise
     maps = np.stack([(targets[0] - 0.5) * 12, targets[1]]).astype(np.float32)
     maps += np.random.default_rng(0).normal(0, noise, maps.shape).astype(np.float32) * [[[12.0]], [[1.0]]]
     maps = maps.astype(np.float32)
-    engine = Replay(CARD, lambda images: maps)
     grid = Grid.of((2048, 2048), 0.25, 0.25, 2)
 
-    def run(block_px: int, rows: int) -> NDArray[np.int32]:
+    def run(block_px: int, rows: int, workers: int) -> NDArray[np.int32]:
         parts = (maps[:, y : y + rows] for y in range(0, maps.shape[1], rows))
-        return label_image(segment_maps(parts, engine, grid, 0.25, block_px))
+        frame = Frame(grid, CARD, 0.25, block_px)
+        return label_image(assemble(separate_bands(parts, frame, workers=workers), frame))
 
-    whole = run(4096, 1024)
+    whole = run(4096, 1024, 1)
     assert whole.max() > 500
-    for block_px, rows in ((512, 192), (230, 100)):
-        np.testing.assert_array_equal(run(block_px, rows), whole)
+    for block_px, rows, workers in ((512, 192, 1), (512, 192, 3), (230, 100, 2)):
+        np.testing.assert_array_equal(run(block_px, rows, workers), whole)
 
 
 def test_random_blobs_keep_together_at_any_scale() -> None:
@@ -79,9 +81,9 @@ def test_random_blobs_keep_together_at_any_scale() -> None:
         smooth = cv2.GaussianBlur(rough, (0, 0), 4)
         smooth /= smooth.std()
         maps = np.stack([smooth * 4 - 3, np.clip(smooth / 3, 0, 1)])
-        engine = Replay(CARD, lambda images: images)  # type: ignore[arg-type, return-value]
-        whole = label_image(segment_maps(iter([maps]), engine, grid, mpp, 1000))
-        parts = label_image(segment_maps(iter([maps[:, :50], maps[:, 50:]]), engine, grid, mpp, 256))
+        large, small = (Frame(grid, CARD, mpp, px) for px in (1000, 256))
+        whole = label_image(assemble(separate_bands(iter([maps]), large), large))
+        parts = label_image(assemble(separate_bands(iter([maps[:, :50], maps[:, 50:]]), small), small))
         assert whole.max() > 10
         np.testing.assert_array_equal(parts, whole)
 
@@ -107,3 +109,39 @@ def test_progress_ends_at_the_total(tiny_model: Path, draw_discs: Any) -> None:
     list(segment_slide(slide, engine, 0.25, on_progress=lambda done, total: seen.append((done, total))))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == seen[-1][1] > 1
+
+
+def test_bands_are_kept_and_any_part_of_them_can_be_made(tiny_model: Path, draw_discs: Any, tmp_path: Path) -> None:
+    """Killed after any band, or made elsewhere in any order: the strips are the same to the byte."""
+    from nsam.runtime.bands import BandStore
+    from nsam.runtime.engines import load
+
+    engine = load(tiny_model, device="cpu", threads=1)
+    rng = np.random.default_rng(1)
+    centres = [tuple(xy) for xy in rng.uniform(0, 380, (150, 2))]
+    slide = ArraySlide(draw_discs((390, 380), centres, 7), Path("discs.png"))
+    frame = Frame.of(slide, engine.card, 0.25, 128)
+    whole = list(segment_slide(slide, engine, 0.25, block_px=128))
+    assert len(frame.bands) == len(whole) == 3
+
+    def same(strips: list[Strip]) -> bool:
+        return all(
+            one.y0 == other.y0
+            and np.array_equal(one.labels, other.labels)
+            and [n._replace(mask=None) for n in one.nuclei] == [n._replace(mask=None) for n in other.nuclei]
+            for one, other in zip(whole, strips, strict=True)
+        )
+
+    for kept in range(4):
+        store = BandStore(tmp_path / str(kept), "key")
+        for band in reversed(range(kept)):  # each on its own, as another machine would
+            store.write(band, next(make_bands(slide, engine, frame, band, band + 1, batch=2 if band else 4)))
+        made: list[int] = []
+        progress = partial(lambda seen, done, total: seen.append(done), made)
+        strips = segment_slide(slide, engine, 0.25, block_px=128, store=store, workers=2, on_progress=progress)
+        assert same(list(strips))
+        assert bool(made) == (kept < 3)
+    (tmp_path / "3" / "bands.part" / "000001.npz").write_bytes(b"cut off")
+    assert same(list(segment_slide(slide, engine, 0.25, block_px=128, store=BandStore(tmp_path / "3", "key"))))
+    other = BandStore(tmp_path / "3", "other settings")
+    assert not other.has(0)

@@ -42,7 +42,7 @@ def test_it_runs_ahead_but_not_far() -> None:
         time.sleep(0.01)
     time.sleep(0.05)
     assert len(made) == 4, "one was taken, two wait, one is at the door"
-    items.close()  # type: ignore[attr-defined]
+    items.close()
 
 
 def test_a_caller_that_stops_ends_the_thread() -> None:
@@ -57,6 +57,6 @@ def test_a_caller_that_stops_ends_the_thread() -> None:
     before = threading.active_count()
     items = prefetch(source(), 1)
     next(items)
-    items.close()  # type: ignore[attr-defined]
+    items.close()
     assert closed.is_set()
     assert threading.active_count() == before

@@ -14,9 +14,8 @@ from skimage.morphology import h_maxima
 import nsam.runtime
 from nsam.runtime.card import OutputSpec, PostSpec
 from nsam.runtime.metrics import Score, mean_and_pooled, score
-from nsam.runtime.pipeline import map_rows, segment_maps
+from nsam.runtime.pipeline import Frame, assemble, map_rows, separate_bands
 from nsam.runtime.slides import ArraySlide
-from nsam.runtime.tiles import Grid
 from nsam.runtime.watershed import _basins, separate
 from nsam.train.data import find_samples, read_sample
 
@@ -89,10 +88,11 @@ def test_flooding_at_full_resolution_gives_the_same(data_dir: Path) -> None:
     for source, every in (("nuinsseg", 110), ("tnbc", 12)):
         for sample in find_samples(data_dir / source)[::every]:
             image, truth = read_sample(sample)
-            grid = Grid.of((truth.shape[1], truth.shape[0]), sample.mpp, card.input.mpp, card.output.stride)
-            maps = np.concatenate(list(map_rows(ArraySlide(image, sample.image), engine, grid, 1)), axis=1)
-            fast = np.concatenate([s.labels for s in segment_maps(iter([maps]), engine, grid, sample.mpp)])
-            slow = flooded(maps, card.output, card.post, grid, sample.mpp)[0]
+            slide = ArraySlide(image, sample.image)
+            frame = Frame.of(slide, card, sample.mpp)
+            maps = np.concatenate(list(map_rows(slide, engine, frame)), axis=1)
+            fast = np.concatenate([s.labels for s in assemble(separate_bands(iter([maps]), frame), frame)])
+            slow = flooded(maps, card.output, card.post, frame.grid, sample.mpp)[0]
             for name, pair in {"fast": (truth, fast), "slow": (truth, slow), "between": (slow, fast)}.items():
                 scores[name].append(score(*pair))
     fast, slow, between = (mean_and_pooled(scores[name])[0] for name in scores)

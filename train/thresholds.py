@@ -9,9 +9,8 @@ import numpy as np
 
 from nsam.runtime.card import PostSpec
 from nsam.runtime.metrics import score
-from nsam.runtime.pipeline import map_rows, segment_maps
+from nsam.runtime.pipeline import Frame, assemble, map_rows, separate_bands
 from nsam.runtime.slides import ArraySlide
-from nsam.runtime.tiles import Grid
 from nsam.train.data import Sample, read_sample
 from nsam.train.evaluate import TorchEngine
 
@@ -42,10 +41,11 @@ def choose_post(samples: list[Sample], engine: TorchEngine) -> tuple[PostSpec, f
     for sample in samples:
         image, truth = read_sample(sample)
         slide = ArraySlide(image, sample.image)
-        grid = Grid.of(slide.size_wh, sample.mpp, card.input.mpp, card.output.stride)
-        rows = list(map_rows(slide, engine, grid, batch=4))
+        frame = Frame.of(slide, card, sample.mpp)
+        rows = list(map_rows(slide, engine, frame))
         for i, post in enumerate(choices):
-            strips = segment_maps(iter(rows), engine.with_post(post), grid, sample.mpp)
+            chosen = Frame.of(slide, replace(card, post=post), sample.mpp)
+            strips = assemble(separate_bands(iter(rows), chosen), chosen)
             found = score(truth, np.concatenate([strip.labels for strip in strips]))
             reached[i] += (found.aji + found.pq) / 2 / len(samples)
     return choices[reached.argmax()], float(reached.max())
