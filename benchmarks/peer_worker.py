@@ -30,7 +30,8 @@ def nsam(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -> dic
     from pathlib import Path
 
     from nsam.runtime.engines import load
-    from nsam.runtime.pipeline import Frame, map_rows, segment_slide
+    from nsam.runtime.frame import Frame
+    from nsam.runtime.pipeline import map_rows, segment_slide
     from nsam.runtime.slides import ArraySlide
 
     engine = load(threads=threads)

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import load
+from nsam.runtime.frame import BLOCK_PX, Frame
 from nsam.runtime.level0 import carry
 from nsam.runtime.measure import Nucleus, measure
 from nsam.runtime.metrics import Score, mean_and_pooled, score
-from nsam.runtime.pipeline import BLOCK_PX, Frame, map_rows
+from nsam.runtime.pipeline import map_rows
 from nsam.runtime.slides import ArraySlide
 from nsam.runtime.tiles import Box, Grid
 from nsam.runtime.watershed import separate

@@ -17,7 +17,6 @@ from nsam.runtime.errors import ModelError
 from nsam.runtime.metrics import mean_and_pooled
 from nsam.runtime.slides import open_slide, read_input
 from nsam.runtime.tiles import Box, Grid
-from nsam.runtime.watershed import sigmoid
 from nsam.train.data import Sample
 from nsam.train.evaluate import score_samples
 
@@ -160,7 +159,7 @@ def worst_picture(
 ) -> NDArray[np.uint8]:
     """(S, 4 S, 3) uint8 RGB: the tile, the nucleus probability of both, and their |difference|, white at .1."""
     size = (tile.shape[1], tile.shape[0])
-    one, other = sigmoid(before[0]), sigmoid(after[0])
+    one, other = (0.5 + 0.5 * np.tanh(0.5 * maps[0]) for maps in (before, after))  # the logit's sigmoid
     panels = [tile]
     for values in (one, other, np.minimum(np.abs(one - other) * 10, 1)):
         grey = cv2.resize((values * 255).astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import io
-import json
-import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import click
 
 from nsam.runtime import engines
-from nsam.runtime.bands import BandStore
 from nsam.runtime.card import ModelCard
-from nsam.runtime.errors import InputError, NsamError, OutputError
+from nsam.runtime.errors import OutputError
 from nsam.runtime.inputs import find_slides, folder_names
-from nsam.runtime.pipeline import segment_slide
-from nsam.runtime.progress import progress
-from nsam.runtime.settings import DONE_NAME, OUTPUTS, Settings
-from nsam.runtime.slides import Slide, open_slide
-from nsam.runtime.writers import output_errors, write_results, write_text
+from nsam.runtime.job import Job, Outcome, to_json
+from nsam.runtime.progress import Progress, progress
+from nsam.runtime.settings import Settings
+from nsam.runtime.writers import output_errors, write_text
 
-_log = logging.getLogger(__name__)
-_LIBRARIES = ("numpy", "opencv-python-headless", "scikit-image", "pillow", "tifffile", "openslide-python")
+_LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "tifffile", "openslide-python")
 
 
 def run(settings: Settings) -> int:
@@ -40,39 +34,36 @@ def run(settings: Settings) -> int:
         How many slides failed; `failed.csv` says why.
 
     Raises:
-        NsamError: nothing was begun; inputs, output folder, model or device do not fit.
+        NsamError: nothing was begun; inputs, output folder, model, device or cluster do not fit.
     """
     begin = time.monotonic()
     paths = find_slides(settings.inputs)
     _check_writable(settings.out)
-    engine = engines.load(settings.model, settings.device, settings.threads, settings.tta, settings.precision)
-    click.echo(f"device: {engine.device}")
-    job = _Job(settings, engine, _run_hash(engine.card, settings))
+    card = engines.read_card(settings.model)
+    job = Job.of(settings, card)
     failed_csv = settings.out / "failed.csv"
-    write_text(settings.out / "run.json", job.description())
-    with output_errors(failed_csv):
-        failed_csv.unlink(missing_ok=True)
-
-    failures: list[tuple[Path, str, str]] = []
+    failures: list[Outcome] = []
     done = skipped = nuclei = 0
-    with progress(len(paths)) as bar:
-        for path, name in folder_names(paths).items():
-            bar.begin(name)
-            start = time.monotonic()
-            try:
-                found = job.segment(path, settings.out / name, bar.tiles)
-            except _Failed as failure:
-                bar.say(f"failed: {failure.reason}", error=True)
-                _log.debug("%s", path, exc_info=failure.__cause__)
-                failures.append((path, failure.stage, failure.reason))
+    with _place(settings) as place, progress(len(paths)) as bar:
+        device = place.begin(job)
+        bar.say(f"device: {device}")
+        write_text(settings.out / "run.json", describe(settings, card, device, job.run_hash))
+        with output_errors(failed_csv):
+            failed_csv.unlink(missing_ok=True)
+        work = {path: settings.out / name for path, name in folder_names(paths).items()}
+        order = list(work)
+        for outcome in place.outcomes(job, work, bar):
+            path = outcome.path
+            if outcome.failure:
+                bar.say(f"failed: {outcome.failure[1]}", error=True)
+                failures = sorted([*failures, outcome], key=lambda failed: order.index(failed.path))
                 _write_failures(failed_csv, failures)
-                continue
-            if found is None:
+            elif outcome.nuclei is None:
                 skipped += 1
                 bar.say(f"{path}: done before, skipped")
             else:
-                done, nuclei = done + 1, nuclei + found
-                bar.say(f"{path}: {found} nuclei in {time.monotonic() - start:.1f} s")
+                done, nuclei = done + 1, nuclei + outcome.nuclei
+                bar.say(f"{path}: {outcome.nuclei} nuclei in {outcome.seconds:.1f} s")
     click.echo(
         f"{done} slides done, {skipped} skipped, {len(failures)} failed; "
         f"{nuclei} nuclei in {time.monotonic() - begin:.1f} s"
@@ -80,133 +71,59 @@ def run(settings: Settings) -> int:
     return len(failures)
 
 
-class _Failed(Exception):
-    """A slide failed at a stage: open, mpp, read, infer or write."""
+class Place(Protocol):
+    """Where the slides of a run are worked on."""
 
-    def __init__(self, stage: str, error: Exception) -> None:
-        # Reading and writing go on while the network runs; their errors say so themselves.
-        if stage == "infer" and isinstance(error, InputError):
-            stage = "read"
-        elif stage == "infer" and isinstance(error, OutputError):
-            stage = "write"
-        self.stage = stage
-        self.reason = str(error)
-        if not isinstance(error, NsamError):
-            self.reason = f"unexpected: {type(error).__name__}: {error} (run with -v for the traceback)"
+    def begin(self, job: Job) -> str:
+        """Get ready; what runs the network, for people.
+
+        Raises:
+            NsamError: it cannot.
+        """
+
+    def outcomes(self, job: Job, work: dict[Path, Path], bar: Progress) -> Iterator[Outcome]:
+        """Work on each slide into its folder; outcomes as they come."""
+
+
+class Here:
+    """This process, one slide after the other."""
+
+    def begin(self, job: Job) -> str:
+        """See `Place`."""
+        return job.engine().device
+
+    def outcomes(self, job: Job, work: dict[Path, Path], bar: Progress) -> Iterator[Outcome]:
+        """See `Place`."""
+        for path, folder in work.items():
+            bar.begin(folder.name)
+            yield job.outcome(path, folder, bar.tiles)
 
 
 @contextmanager
-def _at(stage: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise _Failed(stage, error) from error
+def _place(settings: Settings) -> Iterator[Place]:
+    if settings.cluster is None:
+        yield Here()
+        return
+    # Late: most runs need no Dask.
+    from nsam.runtime.cluster import Cluster
+
+    with Cluster(settings.cluster) as cluster:
+        yield cluster
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What is the same for all slides of a run."""
-
-    settings: Settings
-    engine: engines.Engine
-    run_hash: str
-
-    def description(self) -> str:
-        """`run.json`."""
-        card = self.engine.card
-        return _json(
-            {
-                "settings": dataclasses.asdict(self.settings),
-                "model": {
-                    "name": card.name,
-                    "version": card.version,
-                    "sha256": card.files["model.onnx"].sha256,
-                },
-                "device": self.engine.device,
-                "nsam": version("nsam"),
-                "libraries": {name: version(name) for name in _LIBRARIES},
-                "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "run_hash": self.run_hash,
-            }
-        )
-
-    def segment(self, path: Path, folder: Path, on_progress: Callable[[int, int], None]) -> int | None:
-        """Segment a slide and write its results; the number of nuclei, or None when that was done before.
-
-        Raises:
-            _Failed: with stage and reason.
-        """
-        outputs = self.settings.outputs
-        with _at("write"):
-            before = _read_done(folder)
-            same = before.get("run_hash") == self.run_hash and before.get("path") == str(path.resolve())
-            if same and all((folder / OUTPUTS[name]).is_file() for name in outputs):
-                return None
-            if before and not same and not self.settings.overwrite:
-                raise OutputError(
-                    f"`{folder}`: holds results of other settings or of another slide "
-                    f"({before.get('path')}); pass --overwrite, or another --out"
-                )
-        start = time.monotonic()
-        with _at("open"):
-            slide = open_slide(path)
-        with slide:
-            with _at("mpp"):
-                mpp, mpp_source = _mpp(slide, self.settings.mpp)
-            with _at("infer"):
-                store = BandStore(folder, f"{self.run_hash} {path.resolve()} {path.stat().st_mtime_ns} {mpp}")
-                strips = segment_slide(
-                    slide,
-                    self.engine,
-                    mpp,
-                    batch=self.settings.batch,
-                    workers=self.settings.workers or max(1, engines.available_cores() // 2),
-                    store=store,
-                    on_progress=on_progress,
-                )
-                nuclei = write_results(strips, slide, mpp, folder, outputs)
-        width, height = slide.size_wh
-        area_mm2 = width * height * mpp**2 / 1e6
-        done = {
-            "path": str(path.resolve()),
-            "size_wh_px": [width, height],
-            "mpp": mpp,
-            "mpp_source": mpp_source,
-            "nuclei": nuclei,
-            "area_mm2": area_mm2,  # of the whole image, glass included
-            "nuclei_per_mm2": nuclei / area_mm2,
-            "seconds": round(time.monotonic() - start, 3),
+def describe(settings: Settings, card: ModelCard, device: str, run_hash: str) -> str:
+    """`run.json`."""
+    return to_json(
+        {
+            "settings": dataclasses.asdict(settings),
+            "model": {"name": card.name, "version": card.version, "sha256": card.files["model.onnx"].sha256},
+            "device": device,
             "nsam": version("nsam"),
-            "run_hash": self.run_hash,
+            "libraries": {name: version(name) for name in _LIBRARIES},
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "run_hash": run_hash,
         }
-        with _at("write"):
-            if not same:  # what other settings left must not pass for a result of these
-                for name in OUTPUTS.keys() - set(outputs):
-                    (folder / OUTPUTS[name]).unlink(missing_ok=True)
-            write_text(folder / DONE_NAME, _json(done))
-            store.clear()
-        return nuclei
-
-
-def _mpp(slide: Slide, asked: float | None) -> tuple[float, str]:
-    """µm per level-0 px, and who says so."""
-    if asked is not None:
-        return asked, "--mpp"
-    if slide.mpp is None:
-        raise InputError(f"`{slide.path}`: {slide.mpp_source}; pass --mpp (µm per px; 0.25 for most 40x scans)")
-    return slide.mpp, slide.mpp_source
-
-
-def _run_hash(card: ModelCard, settings: Settings) -> str:
-    """A hash of all that changes the results."""
-    parts = {
-        "nsam": version("nsam"),
-        "model": card.files["model.onnx"].sha256,
-        "post": dataclasses.asdict(card.post),
-        "mpp": settings.mpp,
-        "tta": settings.tta,
-    }
-    return hashlib.sha256(_json(parts).encode()).hexdigest()[:16]
+    )
 
 
 def _check_writable(out: Path) -> None:
@@ -218,25 +135,12 @@ def _check_writable(out: Path) -> None:
         probe.unlink()
 
 
-def _read_done(folder: Path) -> dict[str, Any]:
-    """A slide's `slide.json`; empty when there is none that can be read, for then nothing is finished."""
-    try:
-        data = json.loads((folder / DONE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def _write_failures(path: Path, failures: list[tuple[Path, str, str]]) -> None:
+def _write_failures(path: Path, failures: list[Outcome]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("slide", "stage", "reason"))
-    writer.writerows(failures)
+    writer.writerows((failed.path, *(failed.failure or ())) for failed in failures)
     try:
         write_text(path, text.getvalue())
     except OutputError as error:  # a full disk, say; other slides may still be skipped or be told why they fail
         click.echo(str(error), err=True)
-
-
-def _json(data: dict[str, Any]) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n"

@@ -103,6 +103,11 @@ def _outputs(context: click.Context, option: click.Parameter, text: str) -> tupl
     callback=_outputs,
     help="What to write, separated by commas.",
 )
+@click.option(
+    "--cluster",
+    metavar="ADDRESS",
+    help="Let the workers of a Dask cluster do it: tcp://HOST:PORT, a scheduler file, or local:N for N processes here.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace finished results of other settings.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of errors, and the log.")
 @click.version_option(package_name="nsam")

@@ -19,6 +19,8 @@ from nsam.runtime.tta import Averaged
 #: The file of a model directory in which a precision is; bf16 is fp32's file, rounded by the engine.
 FILES = {"fp32": "model.onnx", "bf16": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 
+DEFAULT_MODEL = Path(__file__).parent / "default_model"
+
 #: What each device runs, the fastest first. A precision whose file is not there is passed over.
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "cpu": ("int8", "fp32"),
@@ -51,6 +53,15 @@ class Engine(Protocol):
         """
 
 
+def read_card(model_dir: Path | None = None) -> ModelCard:
+    """The card of a model directory, or of the model that comes with nsam.
+
+    Raises:
+        ModelError: it is missing or broken.
+    """
+    return ModelCard.read(model_dir or DEFAULT_MODEL)
+
+
 def load(
     model_dir: Path | None = None,
     device: Device = "auto",
@@ -72,8 +83,8 @@ def load(
         ModelError: card, file and graph do not fit together; the message names the field.
         DeviceError: a library is missing, or the device cannot be had.
     """
-    model_dir = model_dir or Path(__file__).parent / "default_model"
-    card = ModelCard.read(model_dir)
+    model_dir = model_dir or DEFAULT_MODEL
+    card = read_card(model_dir)
     missed: list[str] = []
     for name in AUTO if device == "auto" else (device,):
         try:

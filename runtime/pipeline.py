@@ -8,88 +8,29 @@ they depend neither on the blocks nor on the threads.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nsam.runtime.bands import BandStore
 from nsam.runtime.canvas import Canvas, Strip
-from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import Engine
+from nsam.runtime.frame import BLOCK_PX, Frame
 from nsam.runtime.level0 import carry
 from nsam.runtime.measure import Nucleus, measure
 from nsam.runtime.prefetch import prefetch
 from nsam.runtime.slides import Slide, read_input
-from nsam.runtime.tiles import Block, Box, Grid, Tile, blocks, map_span, tile_rows
+from nsam.runtime.tiles import Block, Box, Tile, map_span
 from nsam.runtime.watershed import separate
 
-#: Side of a block's write box, level-0 px: large against the halo, small against memory.
-BLOCK_PX = 2048
 #: Batches of tiles that are read ahead of the network, and rows of maps that it may be ahead of the separation.
 READ_AHEAD, MAPS_AHEAD = 2, 1
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Frame:
-    """How a slide is cut: the same for every process that works on it.
-
-    Attributes:
-        grid: the slide's grids.
-        card: the model's.
-        mpp: µm per level-0 px.
-        block_px: side of a post-processing block; the result does not depend on it.
-    """
-
-    grid: Grid
-    card: ModelCard
-    mpp: float
-    block_px: int = BLOCK_PX
-
-    @classmethod
-    def of(cls, slide: Slide, card: ModelCard, mpp: float, block_px: int = BLOCK_PX) -> Frame:
-        """The frame of an open slide."""
-        return cls(Grid.of(slide.size_wh, mpp, card.input.mpp, card.output.stride), card, mpp, block_px)
-
-    @cached_property
-    def halo(self) -> int:
-        """Context of a block, level-0 px."""
-        return math.ceil(self.card.post.block_halo_um / self.mpp)
-
-    @cached_property
-    def bands(self) -> list[list[Block]]:
-        """Rows of blocks, top to bottom."""
-        return list(blocks(self.grid.level0_wh, self.block_px, self.halo))
-
-    @cached_property
-    def tiles(self) -> list[list[Tile]]:
-        """Rows of the network's tiles, top to bottom."""
-        return list(tile_rows(self.grid.input_wh, self.card.input.size, self.card.post.tile_halo_px))
-
-    def map_rows(self, band: int) -> tuple[int, int]:
-        """Map rows [top, bottom) that a band needs."""
-        read = self.bands[band][0].read
-        return map_span(read.y0, read.y1, self.grid.map_per_level0[1], self.grid.map_wh[1])
-
-    def tile_rows(self, first: int, last: int) -> tuple[int, int]:
-        """Rows [a, b) of tiles that the bands [first, last) need."""
-        top, bottom = self.map_rows(first)[0], self.map_rows(last - 1)[1]
-        spans = [self.written(row) for row in self.tiles]
-        needed = [i for i, (y0, y1) in enumerate(spans) if y1 > top and y0 < bottom]
-        return needed[0], needed[-1] + 1
-
-    def written(self, row: list[Tile]) -> tuple[int, int]:
-        """Map rows [y0, y1) that a row of tiles fills."""
-        stride = self.card.output.stride
-        return row[0].write.y0 // stride, -(-row[0].write.y1 // stride)
 
 
 def segment_slide(

@@ -101,6 +101,9 @@ class _Rate(bars.ProgressColumn):
         return Text(f"{task.speed:.2g}/s" if task.speed else "")
 
 
-def progress(slides: int) -> PlainProgress | BarProgress:
+Progress = PlainProgress | BarProgress
+
+
+def progress(slides: int) -> Progress:
     """The progress that fits where the output goes."""
     return BarProgress(slides) if sys.stdout.isatty() else PlainProgress(slides)

@@ -44,5 +44,7 @@ class Settings:
     tta: int = 1
     #: All by default: each serves another reader, and writing costs little beside the network.
     outputs: tuple[str, ...] = tuple(OUTPUTS)
+    #: A Dask scheduler whose workers take the slides: an address, a scheduler file, or `local:N`; None: this process.
+    cluster: str | None = None
     #: Results that took hours are not replaced unasked.
     overwrite: bool = False

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from PIL import Image
 
-from nsam.runtime import batch, segment
+from nsam.runtime import job, segment
 from nsam.runtime.cli import main
 from nsam.runtime.errors import InputError
 from nsam.runtime.settings import OUTPUTS
@@ -296,7 +296,7 @@ def test_the_unexpected_is_one_line(
     def broken(*arguments: Any, **options: Any) -> Any:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(batch, "segment_slide", broken)
+    monkeypatch.setattr(job, "segment_slide", broken)
     result = infer(png, "--mpp", 0.25, *(["-v"] if verbose else []))
     assert result.exit_code == 1
     assert "failed: unexpected: ZeroDivisionError: by zero (run with -v for the traceback)\n" in result.stderr
@@ -308,14 +308,14 @@ def test_interrupt_keeps_what_is_finished(
     infer: Callable[..., Result], png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copyfile(png, tmp_path / "b.png")
-    real = batch.segment_slide
+    real = job.segment_slide
 
     def interrupted(slide: Any, *arguments: Any, **options: Any) -> Any:
         if slide.path.name == "b.png":
             raise KeyboardInterrupt
         return real(slide, *arguments, **options)
 
-    monkeypatch.setattr(batch, "segment_slide", interrupted)
+    monkeypatch.setattr(job, "segment_slide", interrupted)
     result = infer(png, tmp_path / "b.png", "--mpp", 0.25, "--outputs", "csv")
     assert result.exit_code == 130
     assert result.stderr == "interrupted; finished slides are kept\n"

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from nsam.runtime.canvas import Strip
 from nsam.runtime.card import ModelCard
-from nsam.runtime.pipeline import Frame, assemble, make_bands, segment_slide, separate_bands
+from nsam.runtime.frame import Frame
+from nsam.runtime.pipeline import assemble, make_bands, segment_slide, separate_bands
 from nsam.runtime.slides import ArraySlide
 from nsam.runtime.tiles import Grid
 from nsam.train.data import find_samples, read_sample

@@ -13,8 +13,9 @@ from skimage.morphology import h_maxima
 
 import nsam.runtime
 from nsam.runtime.card import OutputSpec, PostSpec
+from nsam.runtime.frame import Frame
 from nsam.runtime.metrics import Score, mean_and_pooled, score
-from nsam.runtime.pipeline import Frame, assemble, map_rows, separate_bands
+from nsam.runtime.pipeline import assemble, map_rows, separate_bands
 from nsam.runtime.slides import ArraySlide
 from nsam.runtime.watershed import _basins, separate
 from nsam.train.data import find_samples, read_sample

@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from nsam.runtime.card import PostSpec
+from nsam.runtime.frame import Frame
 from nsam.runtime.metrics import score
-from nsam.runtime.pipeline import Frame, assemble, map_rows, separate_bands
+from nsam.runtime.pipeline import assemble, map_rows, separate_bands
 from nsam.runtime.slides import ArraySlide
 from nsam.train.data import Sample, read_sample
 from nsam.train.evaluate import TorchEngine

@@ -1,0 +1,176 @@
+"""A run over the workers of a Dask cluster: slides, and regions of large ones, go where there is room.
+
+Workers need the light runtime, the slides and the output folder at the same paths. What a worker does is what one
+machine does (`Job`); bands of a slide that several of them make are put together as after a resumed run. So the
+results are the same to the byte, and a worker that dies loses its present task only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nsam.runtime.errors import DeviceError, NsamError, first_line
+from nsam.runtime.job import Failed, Job, Outcome
+from nsam.runtime.progress import Progress
+
+#: Bands of 2048 px that go to one worker at a time: some minutes on a CPU.
+REGION_BANDS = 4
+#: Workers that may die over a task before it is given up, where the scheduler is ours.
+TRIES = 3
+CONNECT_SECONDS = 30
+
+#: A worker of several threads still runs one network at a time: it has all of them.
+_turn = threading.Lock()
+
+
+class Cluster:
+    """A place for slides; see `batch.Place`."""
+
+    def __init__(self, address: str) -> None:
+        """
+        Args:
+            address: `tcp://host:port`, the path of a scheduler file, `local` or `local:N`.
+        """
+        self._address = address
+        self._client: Any = None
+        self._local: Any = None
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for part in (self._client, self._local):
+            if part is not None:
+                part.close(timeout=5)
+
+    def begin(self, job: Job) -> str:
+        """Connect, and wait for a worker.
+
+        Raises:
+            DeviceError: Dask is missing, or there is no such cluster.
+        """
+        try:
+            import dask
+            from distributed import Client, LocalCluster
+        except ImportError as error:
+            raise DeviceError("`--cluster`: Dask is not installed; pip install 'nsam[cluster]'") from error
+        dask.config.set(
+            {"distributed.scheduler.allowed-failures": TRIES - 1, "distributed.logging.distributed": "error"}
+        )
+        try:
+            if self._address.partition(":")[0] == "local":
+                self._local = LocalCluster(
+                    n_workers=_count(self._address), threads_per_worker=1, dashboard_address=":0", silence_logs=50
+                )
+                self._client = Client(self._local)
+            elif "://" in self._address:
+                self._client = Client(self._address, timeout=CONNECT_SECONDS)
+            elif not Path(self._address).is_file():  # Dask would wait for it without end
+                raise ValueError("no such scheduler file")
+            else:
+                self._client = Client(scheduler_file=self._address, timeout=CONNECT_SECONDS)
+            self._client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise DeviceError(
+                f"`--cluster {self._address}`: cannot be reached ({error}); give the scheduler's tcp://HOST:PORT, its "
+                "file, or local:N"
+            ) from error
+        workers = len(self._client.scheduler_info(n_workers=-1)["workers"])
+        return f"{workers} workers of {self._address}, dashboard {self._client.dashboard_link}"
+
+    def outcomes(self, job: Job, work: dict[Path, Path], bar: Progress) -> Iterator[Outcome]:
+        """See `batch.Place`."""
+        from distributed import as_completed
+
+        if job.settings.threads is None:
+            job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, threads=self._threads()))
+        regions_left: dict[Path, int] = {}
+        paths: dict[str, Path] = {}
+        told: set[Path] = set()
+        running = as_completed()
+
+        def submit(kind: Any, path: Path, *arguments: Any) -> None:
+            future = self._client.submit(kind, job, path, *arguments, pure=False)
+            paths[future.key] = path
+            running.add(future)
+
+        for path, folder in work.items():
+            submit(begin_slide, path, folder)
+        for future in running:
+            path = paths.pop(future.key)
+            folder = work[path]
+            try:
+                result = future.result()
+            except Exception as error:  # Dask's own: a task that killed its workers, a lost connection
+                result = Outcome(path, failure=("cluster", _reason(error)))
+            if isinstance(result, int):  # a large slide: so many bands
+                regions_left[path] = -(-result // REGION_BANDS)
+                for first in range(0, result, REGION_BANDS):
+                    submit(make_region, path, folder, first, min(first + REGION_BANDS, result))
+            elif result is None:  # a region is made
+                regions_left[path] -= 1
+                if regions_left[path] == 0:
+                    submit(finish_slide, path, folder)
+            elif path not in told:  # of a slide's regions more than one may fail
+                told.add(path)
+                bar.begin(folder.name)
+                yield result
+
+    def _threads(self) -> int | None:
+        """Cores for each worker of a local cluster; elsewhere a worker takes what its machine gives it."""
+        from nsam.runtime.engines import available_cores
+
+        if self._local is None:
+            return None
+        return max(1, available_cores() // len(self._local.workers))
+
+
+def begin_slide(job: Job, path: Path, folder: Path) -> Outcome | int:
+    """On a worker: segment a small slide whole; of a large one only the number of its bands."""
+    try:
+        bands = job.count_bands(path)
+    except Failed as failure:
+        return Outcome(path, failure=(failure.stage, failure.reason))
+    return bands if bands > REGION_BANDS else finish_slide(job, path, folder)
+
+
+def make_region(job: Job, path: Path, folder: Path, first: int, last: int) -> Outcome | None:
+    """On a worker: make bands [first, last) and keep them beside the results; an outcome only if that failed."""
+    with _turn:
+        try:
+            job.make_bands(path, folder, first, last)
+        except Failed as failure:
+            return Outcome(path, failure=(failure.stage, failure.reason))
+    return None
+
+
+def finish_slide(job: Job, path: Path, folder: Path) -> Outcome:
+    """On a worker: all that is left of a slide."""
+    with _turn:
+        return job.outcome(path, folder)
+
+
+def _count(address: str) -> int:
+    from nsam.runtime.engines import available_cores
+
+    number = address.partition(":")[2]
+    if not number:
+        return max(1, available_cores() // 2)
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"`{number}` is no number of processes")
+    return int(number)
+
+
+def _reason(error: Exception) -> str:
+    from distributed import KilledWorker
+
+    if isinstance(error, KilledWorker):
+        # How many are allowed is the scheduler's setting, distributed.scheduler.allowed-failures.
+        return f"it killed {error.allowed_failures + 1} workers, one after the other; see their logs (out of memory?)"
+    if isinstance(error, NsamError):
+        return str(error)
+    return f"unexpected: {type(error).__name__}: {first_line(error)}"
