@@ -34,7 +34,7 @@ class Link:
 
     before: str
     after: str
-    max: float  # of |difference| over all maps
+    max: float  # of |difference| over all maps, the logit as a probability
     p999: float
     mean: float
     worst_tile: int  # the one with the largest difference
@@ -100,7 +100,7 @@ class Chain:
         """`prove` without a verdict's consequences: for what may be left out."""
         self.add(after, engine)
         pairs = zip(self._maps[before], self._maps[after], strict=True)
-        differences = np.stack([np.abs(a - b) for a, b in pairs])  # (batches, N, C, h, w)
+        differences = np.stack([np.abs(_activated(a) - _activated(b)) for a, b in pairs])  # (batches, N, C, h, w)
         largest = float(differences.max())
         metrics = {n: abs(self._scores[before][n] - self._scores[after][n]) for n in TASK_METRICS}
         if rewrites_only:
@@ -137,6 +137,20 @@ class Chain:
         return self._maps[name][0]
 
 
+def _activated(maps: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Maps as post-processing reads them: the logit as a probability. A logit of 20 has its own rounding of 1e-5
+    times that, and means the same.
+    """
+    activated = maps.copy()
+    activated[:, 0] = _sigmoid(maps[:, 0])
+    return activated
+
+
+def _sigmoid(logit: NDArray[np.float32]) -> NDArray[np.float32]:
+    result: NDArray[np.float32] = 0.5 + 0.5 * np.tanh(0.5 * logit)
+    return result
+
+
 def real_tiles(samples: Sequence[Sample], card: ModelCard, count: int = 8) -> NDArray[np.uint8]:
     """Tiles (count, S, S, 3) uint8 as the runtime reads them, from images spread evenly over `samples`."""
     size = card.input.size
@@ -159,7 +173,7 @@ def worst_picture(
 ) -> NDArray[np.uint8]:
     """(S, 4 S, 3) uint8 RGB: the tile, the nucleus probability of both, and their |difference|, white at .1."""
     size = (tile.shape[1], tile.shape[0])
-    one, other = (0.5 + 0.5 * np.tanh(0.5 * maps[0]) for maps in (before, after))  # the logit's sigmoid
+    one, other = _sigmoid(before[0]), _sigmoid(after[0])
     panels = [tile]
     for values in (one, other, np.minimum(np.abs(one - other) * 10, 1)):
         grey = cv2.resize((values * 255).astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)

@@ -29,7 +29,8 @@ def as_markdown(proof: dict[str, Any], card: ModelCard) -> str:
                 for link in proof["links"]
             ),
         ),
-        "All columns are |differences|. `parity-*.jpg` shows, for each link that can be seen to differ, its worst "
+        "All columns are |differences|, the nucleus map as a probability. `parity-*.jpg` shows, for each link that can "
+        "be seen to differ, its worst "
         "tile: tissue, nucleus probability before and after, and ten times their difference.\n",
         "## Graphs\n",
         _table(

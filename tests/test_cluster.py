@@ -143,7 +143,7 @@ def test_a_slide_that_kills_its_workers_is_given_up(
     result = infer(slides / "a.tif", tiny_model, out, "--cluster", str(dask.file))
     assert result.exit_code == 1, result.output
     assert "it killed 3 workers" in result.stderr
-    assert ",cluster,"it killed 3 workers" in (out / "failed.csv").read_text()
+    assert ',cluster,"it killed 3 workers' in (out / "failed.csv").read_text()
 
 
 def _deadly(*arguments: Any) -> None:
