@@ -10,6 +10,7 @@ import io
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +72,7 @@ class BandStore:
         return self._folder / f"{index:06d}.npz"
 
 
-def pack(nuclei: list[Nucleus]) -> dict[str, NDArray[np.generic]]:
+def pack(nuclei: list[Nucleus]) -> dict[str, Any]:
     """Nuclei as arrays: a column for each measurement, and all masks as one string of bits."""
     columns = {name: np.array([getattr(nucleus, name) for nucleus in nuclei]) for name in _NUMBERS}
     bits = np.concatenate([nucleus.mask.ravel() for nucleus in nuclei]) if nuclei else np.zeros(0, bool)
@@ -84,7 +85,9 @@ def unpack(arrays: dict[str, NDArray[np.generic]]) -> list[Nucleus]:
     bits = np.unpackbits(arrays["masks"].astype(np.uint8)).astype(bool)
     nuclei, start = [], 0
     for row in zip(*columns, strict=True):
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in zip(_NUMBERS, row, strict=True)}
+        values: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in zip(_NUMBERS, row, strict=True)
+        }
         width, height = values["bbox_xywh"][2:]
         end = start + width * height
         nuclei.append(Nucleus(**values, mask=bits[start:end].reshape(height, width)))
