@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,7 @@ class Cluster:
             DeviceError: Dask is missing, or there is no such cluster.
         """
         try:
-            import dask
-            from distributed import Client, LocalCluster
+            dask, distributed = _dask()
         except ImportError as error:
             raise DeviceError("`--cluster`: Dask is not installed; pip install 'nsam[cluster]'") from error
         dask.config.set(
@@ -63,16 +63,16 @@ class Cluster:
         )
         try:
             if self._address.partition(":")[0] == "local":
-                self._local = LocalCluster(
+                self._local = distributed.LocalCluster(
                     n_workers=_count(self._address), threads_per_worker=1, dashboard_address=":0", silence_logs=50
                 )
-                self._client = Client(self._local)
+                self._client = distributed.Client(self._local)
             elif "://" in self._address:
-                self._client = Client(self._address, timeout=CONNECT_SECONDS)
+                self._client = distributed.Client(self._address, timeout=CONNECT_SECONDS)
             elif not Path(self._address).is_file():  # Dask would wait for it without end
                 raise ValueError("no such scheduler file")
             else:
-                self._client = Client(scheduler_file=self._address, timeout=CONNECT_SECONDS)
+                self._client = distributed.Client(scheduler_file=self._address, timeout=CONNECT_SECONDS)
             self._client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except (OSError, TimeoutError, ValueError) as error:
             raise DeviceError(
@@ -84,14 +84,12 @@ class Cluster:
 
     def outcomes(self, job: Job, work: dict[Path, Path], bar: Progress) -> Iterator[Outcome]:
         """See `batch.Place`."""
-        from distributed import as_completed
-
         if job.settings.threads is None:
             job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, threads=self._threads()))
         regions_left: dict[Path, int] = {}
         paths: dict[str, Path] = {}
         told: set[Path] = set()
-        running = as_completed()
+        running = _dask()[1].as_completed()
 
         def submit(kind: Any, path: Path, *arguments: Any) -> None:
             future = self._client.submit(kind, job, path, *arguments, pure=False)
@@ -154,6 +152,11 @@ def finish_slide(job: Job, path: Path, folder: Path) -> Outcome:
         return job.outcome(path, folder)
 
 
+def _dask() -> tuple[Any, Any]:
+    """The modules dask and distributed, which are untyped."""
+    return import_module("dask"), import_module("distributed")
+
+
 def _count(address: str) -> int:
     from nsam.runtime.engines import available_cores
 
@@ -166,9 +169,7 @@ def _count(address: str) -> int:
 
 
 def _reason(error: Exception) -> str:
-    from distributed import KilledWorker
-
-    if isinstance(error, KilledWorker):
+    if isinstance(error, _dask()[1].KilledWorker):
         # How many are allowed is the scheduler's setting, distributed.scheduler.allowed-failures.
         return f"it killed {error.allowed_failures + 1} workers, one after the other; see their logs (out of memory?)"
     if isinstance(error, NsamError):
