@@ -214,7 +214,7 @@ def test_time_out_saves_and_says_how_to_go_on(tmp_path: Path, fold: Fold) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--fold", "7"], "`--fold` must be all or 0 to 4, is 7"),
+        (["--fold", "7"], "`--fold` must be 0 to 4, all or final, is 7"),
         (["--device", "cuda:99"], "cannot be had"),
         (["--base", "/nowhere.pt"], "no such base"),
         (["--crop", "100"], "multiple of 32"),
