@@ -24,7 +24,9 @@ from nsam.runtime.errors import InputError, NsamError, OutputError
 from nsam.runtime.inputs import find_slides, folder_names
 from nsam.runtime.pipeline import segment_slide
 from nsam.runtime.progress import progress
+from nsam.runtime.report import report_at_end
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, Settings
+from nsam.runtime.sinks import check_parquet
 from nsam.runtime.slides import Slide, open_slide
 from nsam.runtime.writers import output_errors, write_results, write_text
 
@@ -43,6 +45,8 @@ def run(settings: Settings) -> int:
     """
     begin = time.monotonic()
     paths = find_slides(settings.inputs)
+    if "parquet" in settings.outputs:
+        check_parquet()
     _check_writable(settings.out)
     engine = engines.load(settings.model, settings.device, settings.threads, settings.tta)
     click.echo(f"device: {engine.device}")
@@ -54,7 +58,7 @@ def run(settings: Settings) -> int:
 
     failures: list[tuple[Path, str, str]] = []
     done = skipped = nuclei = 0
-    with progress(len(paths)) as bar:
+    with report_at_end(settings.out), progress(len(paths)) as bar:
         for path, name in folder_names(paths).items():
             bar.begin(name)
             start = time.monotonic()
@@ -154,7 +158,7 @@ class _Job:
                 mpp, mpp_source = _mpp(slide, self.settings.mpp)
             with _at("infer"):
                 strips = segment_slide(slide, self.engine, mpp, batch=self.settings.batch, on_progress=on_progress)
-                nuclei = write_results(strips, slide, mpp, folder, outputs)
+                found = write_results(strips, slide, mpp, folder, outputs)
         width, height = slide.size_wh
         area_mm2 = width * height * mpp**2 / 1e6
         done = {
@@ -162,9 +166,9 @@ class _Job:
             "size_wh_px": [width, height],
             "mpp": mpp,
             "mpp_source": mpp_source,
-            "nuclei": nuclei,
+            **found,
             "area_mm2": area_mm2,  # of the whole image, glass included
-            "nuclei_per_mm2": nuclei / area_mm2,
+            "nuclei_per_mm2": found["nuclei"] / area_mm2,
             "seconds": round(time.monotonic() - start, 3),
             "nsam": version("nsam"),
             "run_hash": self.run_hash,
@@ -174,6 +178,7 @@ class _Job:
                 for name in OUTPUTS.keys() - set(outputs):
                     (folder / OUTPUTS[name]).unlink(missing_ok=True)
             write_text(folder / DONE_NAME, _json(done))
+        nuclei: int = found["nuclei"]
         return nuclei
 
 

@@ -23,6 +23,8 @@ class Nucleus:
     major_um: float  # axes of the ellipse with the same second moments
     minor_um: float
     eccentricity: float
+    solidity: float  # area over that of the convex hull of its pixels' squares
+    haematoxylin: float  # mean optical density over its pixels, see `stains.haematoxylin`
     probability: float  # mean of the network's nucleus probability over its pixels
     mask: NDArray[np.bool_]  # (h, w) of the bounding box
 
@@ -30,33 +32,20 @@ class Nucleus:
         """The same nucleus under another id."""
         return replace(self, id=new_id)
 
-    def ring_xy(self) -> NDArray[np.int32]:
-        """Closed exterior ring (N, 2) int32 along pixel borders, level-0 px.
-
-        Clockwise on screen, which by the numbers is RFC 7946's counterclockwise.
-
-        The ring encloses exactly the nucleus's pixels (holes apart), so rasterising it gives them back.
-        """
-        # With each pixel doubled, its two columns stand for its left and right border (rows alike), and a
-        # contour's diagonal steps between pixels fall on one corner.
-        doubled = self.mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
-        contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        ring = (max(contours, key=cv2.contourArea).reshape(-1, 2) + 1) // 2
-        ring = ring[np.any(ring != np.roll(ring, 1, axis=0), axis=1)]
-        arriving, leaving = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
-        ring = ring[np.any(arriving != leaving, axis=1)] + np.asarray(self.bbox_xywh[:2])
-        ring = ring[::-1]  # OpenCV goes the other way round
-        return np.concatenate([ring, ring[:1]]).astype(np.int32)
-
 
 def measure(
-    labels: NDArray[np.int32], probability: NDArray[np.float32], origin_xy: tuple[int, int], mpp: float
+    labels: NDArray[np.int32],
+    probability: NDArray[np.float32],
+    haematoxylin: NDArray[np.float32],
+    origin_xy: tuple[int, int],
+    mpp: float,
 ) -> list[Nucleus]:
     """Measure each label of a label image.
 
     Args:
         labels: (H, W) int32, 0 = background.
         probability: (H, W) float32 in 0..1, the nucleus probability at the same pixels.
+        haematoxylin: (H, W) float32, its optical density at the same pixels.
         origin_xy: level-0 position of pixel (0, 0).
         mpp: µm per level-0 px.
 
@@ -72,7 +61,10 @@ def measure(
     rows, cols, values = rows[order], cols[order], values[order]
     starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
     areas = np.diff(np.r_[starts, values.size])
-    probabilities = np.add.reduceat(probability[rows, cols].astype(np.float64), starts) / areas
+    probabilities, densities = (
+        np.add.reduceat(values_of[rows, cols].astype(np.float64), starts) / areas
+        for values_of in (probability, haematoxylin)
+    )
     x_min, x_max = np.minimum.reduceat(cols, starts), np.maximum.reduceat(cols, starts)
     y_min, y_max = rows[starts], np.maximum.reduceat(rows, starts)
     # Moments about each nucleus's own corner: integers, so exact wherever the block lies.
@@ -96,6 +88,7 @@ def measure(
         box = (int(x_min[i]), int(y_min[i]), int(x_max[i] - x_min[i] + 1), int(y_max[i] - y_min[i] + 1))
         value = int(values[start])
         mask = labels[box[1] : box[1] + box[3], box[0] : box[0] + box[2]] == value
+        perimeter_px, hull_px = _outline(mask)
         nuclei.append(
             Nucleus(
                 id=value,
@@ -107,10 +100,12 @@ def measure(
                 ),
                 area_px=int(areas[i]),
                 area_um2=float(areas[i]) * mpp**2,
-                perimeter_um=_perimeter_px(mask) * mpp,
+                perimeter_um=perimeter_px * mpp,
                 major_um=4 * float(np.sqrt(major[i])) * mpp,
                 minor_um=4 * float(np.sqrt(minor[i])) * mpp,
                 eccentricity=float(eccentricity[i]),
+                solidity=float(areas[i]) / hull_px,
+                haematoxylin=float(densities[i]),
                 probability=float(probabilities[i]),
                 mask=mask,
             )
@@ -118,7 +113,13 @@ def measure(
     return nuclei
 
 
-def _perimeter_px(mask: NDArray[np.bool_]) -> float:
-    """Length of the outline through the border pixels' centres, plus a half pixel's circle around it."""
+def _outline(mask: NDArray[np.bool_]) -> tuple[float, float]:
+    """Perimeter and area of the convex hull, px.
+
+    The perimeter goes through the border pixels' centres, plus a half pixel's circle around it. The hull of squares is
+    that of their centres widened by a square, so its area is the centres' hull's plus its width, height and 1.
+    """
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return float(sum(cv2.arcLength(contour, True) for contour in contours)) + float(np.pi)
+    length = sum(cv2.arcLength(contour, True) for contour in contours)
+    hull = cv2.contourArea(cv2.convexHull(np.concatenate(contours)))
+    return float(length) + float(np.pi), float(hull) + sum(mask.shape) - 1

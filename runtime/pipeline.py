@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from nsam.runtime.engines import Engine
 from nsam.runtime.measure import Nucleus, measure
 from nsam.runtime.slides import Slide, read_input
+from nsam.runtime.stains import haematoxylin
 from nsam.runtime.tiles import Box, Grid, blocks, interpolate, map_span, tile_rows
 from nsam.runtime.watershed import separate
 
@@ -75,21 +76,25 @@ def map_rows(
     batch: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[NDArray[np.float32]]:
-    """The slide's maps, top to bottom: (C, h, map width) float32 for each row of tiles."""
+    """The slide's maps, top to bottom: (C + 1, h, map width) float32 for each row of tiles.
+
+    The last is haematoxylin: made of the pixels that the network sees, so that the slide is read once.
+    """
     card = engine.card
     stride = card.output.stride
     rows = list(tile_rows(grid.input_wh, card.input.size, card.post.tile_halo_px))
     total, done = sum(len(row) for row in rows), 0
     for row in rows:
         top, bottom = row[0].write.y0 // stride, -(-row[0].write.y1 // stride)
-        maps = np.empty((len(card.output.channels), bottom - top, grid.map_wh[0]), np.float32)
+        maps = np.empty((len(card.output.channels) + 1, bottom - top, grid.map_wh[0]), np.float32)
         for start in range(0, len(row), batch):
             tiles = row[start : start + batch]
             images = np.stack([read_input(slide, tile.read, grid) for tile in tiles])
-            for tile, result in zip(tiles, engine.run(images), strict=True):
+            for tile, result, stain in zip(tiles, engine.run(images), haematoxylin(images, stride), strict=True):
                 left, right = tile.write.x0 // stride, -(-tile.write.x1 // stride)
                 x, y = left - tile.read.x0 // stride, top - tile.read.y0 // stride
-                maps[:, :, left:right] = result[:, y : y + bottom - top, x : x + right - left]
+                maps[:-1, :, left:right] = result[:, y : y + bottom - top, x : x + right - left]
+                maps[-1, :, left:right] = stain[y : y + bottom - top, x : x + right - left]
             done += len(tiles)
             if on_progress:
                 on_progress(done, total)
@@ -99,7 +104,7 @@ def map_rows(
 def segment_maps(
     rows: Iterator[NDArray[np.float32]], engine: Engine, grid: Grid, mpp: float, block_px: int = BLOCK_PX
 ) -> Iterator[Strip]:
-    """Separate nuclei in maps that arrive in rows, top to bottom; see `segment_slide`."""
+    """Separate nuclei in maps that arrive in rows, top to bottom, as `map_rows` gives them; see `segment_slide`."""
     halo = math.ceil(engine.card.post.block_halo_um / mpp)
     width, height = grid.level0_wh
     strip = _MapStrip(rows)
@@ -112,7 +117,7 @@ def segment_maps(
             left, right = map_span(block.read.x0, block.read.x1, grid.map_per_level0[0], grid.map_wh[0])
             region = interpolate(maps[:, :, left:right], (left, top), block.read, grid)
             labels, probability = separate(region, engine.card.output, engine.card.post, mpp)
-            found = measure(labels, probability, (block.read.x0, block.read.y0), mpp)
+            found = measure(labels, probability, region[-1], (block.read.x0, block.read.y0), mpp)
             canvas.add([nucleus for nucleus in found if _owns(block.write, nucleus)])
         # The next row of blocks can still add nuclei that begin in its halo.
         last = write.y1 == height

@@ -11,10 +11,16 @@ Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 #: What can be written for a slide, and the file's name.
 OUTPUTS = {
     "geojson": "nuclei.geojson",
+    "geojson.gz": "nuclei.geojson.gz",
     "csv": "nuclei.csv",
+    "parquet": "nuclei.parquet",
     "labels": "labels.tif",
+    "ometiff": "labels.ome.tif",
     "overlay": "overlay.jpg",
+    "heatmap": "density.png",
 }
+#: Always written, for the report.
+THUMBNAIL_NAME = "thumbnail.jpg"
 #: Written last: a slide whose results are complete has it.
 DONE_NAME = "slide.json"
 
@@ -37,7 +43,7 @@ class Settings:
     batch: int = 4
     #: Views of each tile whose maps are averaged; each costs a whole pass of the network.
     tta: int = 1
-    #: All by default: each serves another reader, and writing costs little beside the network.
-    outputs: tuple[str, ...] = tuple(OUTPUTS)
+    #: Each serves another reader; what is left out says the same again, in another format.
+    outputs: tuple[str, ...] = ("geojson", "csv", "labels", "overlay")
     #: Results that took hours are not replaced unasked.
     overwrite: bool = False
