@@ -36,6 +36,7 @@ class Density:
     """
 
     def __init__(self, size_wh: tuple[int, int], mpp: float) -> None:
+        self.size_wh, self.mpp = size_wh, mpp
         self._cell_px = _CELL_UM / mpp
         self._cells_wh = size_wh[0] / self._cell_px, size_wh[1] / self._cell_px  # the last may be a part
         self._counts = np.zeros([max(1, math.ceil(side)) for side in self._cells_wh[::-1]], np.float32)
@@ -45,8 +46,8 @@ class Density:
         x, y = nucleus.centroid_xy
         self._counts[int(y / self._cell_px), int(x / self._cell_px)] += 1
 
-    def per_mm2(self, size_wh: tuple[int, int]) -> NDArray[np.float32]:
-        """Nuclei per mm² at each px of a picture of the slide, smoothed by a Gaussian of one cell: (h, w) float32.
+    def per_mm2(self) -> NDArray[np.float32]:
+        """Nuclei per mm² of each cell, smoothed by a Gaussian of one cell: (rows, columns) float32.
 
         At the edges only what lies in the slide is weighed.
         """
@@ -54,10 +55,13 @@ class Density:
         parts = [np.clip(side - np.arange(n), 0, 1) for side, n in zip(self._cells_wh, (columns, rows), strict=True)]
         cells = np.outer(parts[1], parts[0]).astype(np.float32)
         found, seen = (cv2.GaussianBlur(a, (0, 0), 1, borderType=cv2.BORDER_CONSTANT) for a in (self._counts, cells))
-        density = found / np.maximum(seen, 1e-6) / (_CELL_UM / 1000) ** 2
-        x, y = ((np.arange(n) + 0.5) / n * side - 0.5 for n, side in zip(size_wh, self._cells_wh, strict=True))
+        return np.asarray(found / np.maximum(seen, 1e-6) / (_CELL_UM / 1000) ** 2, np.float32)
+
+    def picture(self, wh: tuple[int, int]) -> NDArray[np.float32]:
+        """`per_mm2` at each px of a picture of the slide, (width, height) `wh`: (h, w) float32."""
+        x, y = ((np.arange(n) + 0.5) / n * side - 0.5 for n, side in zip(wh, self._cells_wh, strict=True))
         grid_x, grid_y = np.meshgrid(x.astype(np.float32), y.astype(np.float32))
-        result = cv2.remap(density, grid_x, grid_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        result = cv2.remap(self.per_mm2(), grid_x, grid_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         return np.asarray(result, np.float32)
 
 
@@ -82,42 +86,41 @@ def overlay_sink(path: Path, overview: NDArray[np.uint8], size_wh: tuple[int, in
     _save(path, Image.fromarray(canvas), "JPEG", quality=90)
 
 
-@contextmanager
-def heatmap_sink(path: Path, size_wh: tuple[int, int], mpp: float) -> Iterator[Add]:
+def write_heatmap(path: Path, density: Density) -> None:
     """A PNG of the nuclei per mm², its longer side some 1200 px, with colour bar and scale bar."""
-    density = Density(size_wh, mpp)
-    yield lambda nucleus, rings: density.add(nucleus)
-    scale = _HEATMAP_PX / max(size_wh)
-    picture_wh = max(1, round(size_wh[0] * scale)), max(1, round(size_wh[1] * scale))
-    values = density.per_mm2(picture_wh)
+    scale = _HEATMAP_PX / max(density.size_wh)
+    width, height = (max(1, round(side * scale)) for side in density.size_wh)
+    values = density.picture((width, height))
     top = _round_up(float(values.max()))
-    height = max(picture_wh[1], 300)
-    page = Image.new("RGB", (picture_wh[0] + _BAR_PX, height + 60), "white")
+    page_h = max(height, 300)
+    page = Image.new("RGB", (width + _BAR_PX, page_h + 60), "white")
     page.paste(Image.fromarray(_coloured(values, top)), (0, 0))
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(18)
-    x, length = picture_wh[0] + 20, height - 80
+    x, length = width + 20, page_h - 80
     bar = np.repeat(np.linspace(top, 0, length, dtype=np.float32)[:, None], 24, axis=1)
     page.paste(Image.fromarray(_coloured(bar, top)), (x, 60))
-    draw.text((x, 4), "nuclei\nper mm²", "black", font)
+    draw.text((x, 4), "nuclei per\nsquare mm", "black", font)  # Pillow's font has no exponent
     for share in (0, 0.25, 0.5, 0.75, 1):
         draw.text((x + 32, 60 + (1 - share) * length), f"{top * share:,.0f}", "black", font, anchor="lm")
-    um = _round_down(picture_wh[0] * mpp / scale / 3)
-    y = height + 14
-    draw.rectangle((10, y, 10 + um / mpp * scale, y + 6), "black")
-    draw.text((10, y + 12), f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} µm", "black", font)
+    mm = _round_down(width / scale * density.mpp / 1000 / 3)
+    draw.rectangle((10, page_h + 14, 10 + mm * 1000 / density.mpp * scale, page_h + 20), "black")
+    draw.text((10, page_h + 26), f"{mm:g} mm", "black", font)
     _save(path, page, "PNG")
 
 
-@contextmanager
-def thumbnail_sink(path: Path, overview: NDArray[np.uint8], size_wh: tuple[int, int], mpp: float) -> Iterator[Add]:
-    """A small JPEG for the report: the slide, and beside it the slide in grey under the density's colours."""
-    density = Density(size_wh, mpp)
-    yield lambda nucleus, rings: density.add(nucleus)
+def write_thumbnail(path: Path, overview: NDArray[np.uint8], density: Density) -> None:
+    """A small JPEG for the report: the slide, and beside it the slide in grey under the density's colours.
+
+    Args:
+        path: to write.
+        overview: (h, w, 3) uint8 RGB, the whole slide.
+        density: of its nuclei; the colours go from 0 to its maximum.
+    """
     image = Image.fromarray(overview)
     image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-    values = density.per_mm2(image.size)
-    top = max(float(values.max()), 1e-6)
-    weight = np.minimum(values / top * 4, 0.75)[..., None]  # where nothing is, the slide shows
+    values = density.picture(image.size)
+    top = float(density.per_mm2().max())
+    weight = np.minimum(values / max(top, 1e-6) * 4, 0.75)[..., None]  # where nothing is, the slide shows
     grey = np.asarray(image.convert("L").convert("RGB"))
     mixed = np.rint(grey * (1 - weight) + _coloured(values, top) * weight).astype(np.uint8)
     wide = image.width > 1.6 * image.height

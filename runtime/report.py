@@ -41,10 +41,12 @@ p { margin: 4px 0 } .soft, th, dt, small { color: var(--soft) } a { color: inher
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th { font-weight: 500; text-align: left; font-size: 13px; vertical-align: bottom }
 td, th { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line) } .n { text-align: right }
-.name { overflow-wrap: anywhere; min-width: 130px } .bad { color: var(--bad) }
+td { overflow-wrap: anywhere } .n { overflow-wrap: normal } td:first-child { min-width: 110px }
+.bad { color: var(--bad) }
 article { border-top: 1px solid var(--line); padding: 20px 0; break-inside: avoid }
 .slide { display: grid; grid-template-columns: 3fr 2fr; gap: 24px; align-items: start }
-figure { margin: 0 } figcaption { font-size: 13px; color: var(--soft) } img { max-width: 100%; display: block }
+figure { margin: 0 } figcaption { font-size: 13px; margin-top: 6px; color: var(--soft) }
+img { max-width: 100%; display: block }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0 0 14px }
 dd { margin: 0; overflow-wrap: anywhere } svg { width: 100%; height: auto; max-width: 380px }
 @media (max-width: 700px) { .slide { grid-template-columns: 1fr } }
@@ -71,6 +73,7 @@ class _Slide:
     mpp_source: str
     nuclei: int
     area_mm2: float
+    peak_per_mm2: float
     median_um2: float | None
     bin_um2: float
     histogram: list[int]
@@ -94,6 +97,7 @@ class _Slide:
                 mpp_source=str(done["mpp_source"]),
                 nuclei=int(done["nuclei"]),
                 area_mm2=float(done["area_mm2"]),
+                peak_per_mm2=float(done["peak_per_mm2"]),
                 median_um2=None if median is None else float(median),
                 bin_um2=float(done["area_um2"]["bin"]),
                 histogram=[int(count) for count in done["area_um2"]["histogram"]],
@@ -171,7 +175,7 @@ def _overview(slides: list[_Slide]) -> str:
     for i, s in enumerate(slides):
         texts = (f"{s.nuclei:,}", _density(s), _median(s), _number(s.area_mm2), f"{s.seconds:,.1f}", _rate(s))
         cells = "".join(f'<td class="n">{text}</td>' for text in texts)
-        rows.append(f'<tr><td class="name"><a href="#s{i}">{escape(s.folder.name)}</a></td>{cells}</tr>')
+        rows.append(f'<tr><td><a href="#s{i}">{escape(s.folder.name)}</a></td>{cells}</tr>')
     titles = "".join(f'<th class="n">{title}</th>' for title in head)
     return (
         "<h2>Slides</h2><p><small>Densities are over the whole image, glass included.</small></p>"
@@ -199,7 +203,8 @@ def _article(index: int, s: _Slide, run_hash: object) -> str:
     links = " · ".join(f'<a href="{quote(s.folder.name)}/{name}">{name}</a>' for name in files)
     return (
         f'<article id="s{index}"><h3>{escape(s.folder.name)}</h3><div class="slide"><figure>{_thumbnail(s)}'
-        f"<figcaption>The slide, and its nuclei per mm² (blue few, yellow most). {links}</figcaption></figure>"
+        f"<figcaption>The slide, and its nuclei per mm²: violet 0, yellow {_number(s.peak_per_mm2)}. "
+        f"{links}</figcaption></figure>"
         f"<div><dl>{listed}</dl>{_histogram(s)}</div></div></article>"
     )
 
@@ -246,7 +251,7 @@ def _run(run: dict[str, Any]) -> str:
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = ["".join(f"<th>{escape(title)}</th>" for title in head)]
-    lines += ["".join(f'<td class="name">{escape(cell)}</td>' for cell in row) for row in rows]
+    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll"><table>{body}</table></div>'
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from nsam.runtime.errors import OutputError
 from nsam.runtime.outlines import simplified_rings
-from nsam.runtime.pictures import OVERVIEW_PX, heatmap_sink, overlay_sink, thumbnail_sink
+from nsam.runtime.pictures import OVERVIEW_PX, Density, overlay_sink, write_heatmap, write_thumbnail
 from nsam.runtime.pipeline import Strip
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
 from nsam.runtime.sinks import Add, csv_sink, geojson_sink, parquet_sink
@@ -41,7 +41,8 @@ def write_results(
         outputs: keys of `settings.OUTPUTS`; a thumbnail comes with them.
 
     Returns:
-        `nuclei`, their number, and `area_um2`: median (None without nuclei) and histogram of their areas.
+        `nuclei`, their number; `peak_per_mm2`, the highest density on a grid of 50 µm; `area_um2`: median (None
+        without nuclei) and histogram of their areas.
 
     Raises:
         OutputError: disk full, no permission and the like.
@@ -50,7 +51,7 @@ def write_results(
     parts = {name: _part(folder / OUTPUTS[name]) for name in outputs}
     labels = _part(folder / OUTPUTS["labels"])
     size_wh, name = slide.size_wh, slide.path.name
-    areas = array("d")
+    areas, density = array("d"), Density(size_wh, mpp)
 
     def feed(adds: Sequence[Add]) -> Iterator[Strip]:
         for strip in strips:
@@ -58,6 +59,7 @@ def write_results(
                 rings = simplified_rings(nucleus) if outlined else []
                 for add in adds:
                     add(nucleus, rings)
+                density.add(nucleus)
                 areas.append(nucleus.area_um2)
             yield strip
 
@@ -69,7 +71,6 @@ def write_results(
         "csv": lambda path: csv_sink(path, mpp),
         "parquet": lambda path: parquet_sink(path, mpp),
         "overlay": lambda path: overlay_sink(path, overview, size_wh),
-        "heatmap": lambda path: heatmap_sink(path, size_wh, mpp),
     }
     with output_errors(folder), ExitStack() as cleanup:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,6 @@ def write_results(
             cleanup.callback(part.unlink, missing_ok=True)
         with ExitStack() as files:
             adds = [files.enter_context(sinks[output](parts[output])) for output in outputs if output in sinks]
-            adds.append(files.enter_context(thumbnail_sink(thumbnail, overview, size_wh, mpp)))
             fed = feed(adds)
             if "labels" in parts or "ometiff" in parts:
                 write_labels(labels, fed, size_wh, mpp)
@@ -87,17 +87,21 @@ def write_results(
                     pass
         if "ometiff" in parts:
             write_pyramid(parts["ometiff"], labels, mpp, name)
+        if "heatmap" in parts:
+            write_heatmap(parts["heatmap"], density)
+        write_thumbnail(thumbnail, overview, density)
         (folder / DONE_NAME).unlink(missing_ok=True)
         for output, part in parts.items():
             os.replace(part, folder / OUTPUTS[output])
         os.replace(thumbnail, folder / THUMBNAIL_NAME)
-    return _summary(np.frombuffer(areas))
+    return _summary(np.frombuffer(areas), density)
 
 
-def _summary(areas: NDArray[np.float64]) -> dict[str, Any]:
+def _summary(areas: NDArray[np.float64], density: Density) -> dict[str, Any]:
     bins = np.minimum(areas // _BIN_UM2, _BINS - 1).astype(int)
     return {
         "nuclei": areas.size,
+        "peak_per_mm2": float(density.per_mm2().max()),
         "area_um2": {
             "median": float(np.median(areas)) if areas.size else None,
             "bin": _BIN_UM2,
