@@ -25,6 +25,7 @@ from nsam.runtime.inputs import find_slides, folder_names
 from nsam.runtime.pipeline import segment_slide
 from nsam.runtime.progress import progress
 from nsam.runtime.report import report_at_end
+from nsam.runtime.results import read_json
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, Settings
 from nsam.runtime.sinks import check_parquet
 from nsam.runtime.slides import Slide, open_slide
@@ -141,7 +142,7 @@ class _Job:
         """
         outputs = self.settings.outputs
         with _at("write"):
-            before = _read_done(folder)
+            before = read_json(folder / DONE_NAME)  # empty if broken, for then nothing is finished
             same = before.get("run_hash") == self.run_hash and before.get("path") == str(path.resolve())
             if same and all((folder / OUTPUTS[name]).is_file() for name in outputs):
                 return None
@@ -210,15 +211,6 @@ def _check_writable(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-
-
-def _read_done(folder: Path) -> dict[str, Any]:
-    """A slide's `slide.json`; empty when there is none that can be read, for then nothing is finished."""
-    try:
-        data = json.loads((folder / DONE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _write_failures(path: Path, failures: list[tuple[Path, str, str]]) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import base64
-import csv
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
@@ -17,6 +14,7 @@ from urllib.parse import quote
 import click
 
 from nsam.runtime.errors import OutputError
+from nsam.runtime.results import SlideResult, as_dict, read_failures, read_json
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
 from nsam.runtime.writers import write_text
 
@@ -41,8 +39,8 @@ p { margin: 4px 0 } .soft, th, dt, small { color: var(--soft) } a { color: inher
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th { font-weight: 500; text-align: left; font-size: 13px; vertical-align: bottom }
 td, th { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line) } .n { text-align: right }
-td { overflow-wrap: anywhere } .n { overflow-wrap: normal } td:first-child { min-width: 110px }
-.bad { color: var(--bad) }
+td:first-child, td:last-child { overflow-wrap: anywhere } td:first-child { min-width: 110px }
+.n { overflow-wrap: normal !important } .bad { color: var(--bad) }
 article { border-top: 1px solid var(--line); padding: 20px 0; break-inside: avoid }
 .slide { display: grid; grid-template-columns: 3fr 2fr; gap: 24px; align-items: start }
 figure { margin: 0 } figcaption { font-size: 13px; margin-top: 6px; color: var(--soft) }
@@ -60,57 +58,6 @@ $body
 </body>
 </html>
 """)
-
-
-@dataclass(frozen=True)
-class _Slide:
-    """What `slide.json` says, checked; text is not yet escaped."""
-
-    folder: Path
-    path: str
-    size_wh: tuple[int, int]
-    mpp: float
-    mpp_source: str
-    nuclei: int
-    area_mm2: float
-    peak_per_mm2: float
-    median_um2: float | None
-    bin_um2: float
-    histogram: list[int]
-    seconds: float
-    tiles: int | None
-    tiles_skipped: int | None
-    run_hash: str
-
-    @classmethod
-    def read(cls, folder: Path) -> _Slide:
-        """Raises OSError or ValueError for what cannot be read or is not as nsam writes it."""
-        done = json.loads((folder / DONE_NAME).read_text(encoding="utf-8"))
-        try:
-            median = done["area_um2"]["median"]
-            width, height = map(int, done["size_wh_px"])
-            slide = cls(
-                folder=folder,
-                path=str(done["path"]),
-                size_wh=(width, height),
-                mpp=float(done["mpp"]),
-                mpp_source=str(done["mpp_source"]),
-                nuclei=int(done["nuclei"]),
-                area_mm2=float(done["area_mm2"]),
-                peak_per_mm2=float(done["peak_per_mm2"]),
-                median_um2=None if median is None else float(median),
-                bin_um2=float(done["area_um2"]["bin"]),
-                histogram=[int(count) for count in done["area_um2"]["histogram"]],
-                seconds=float(done["seconds"]),
-                tiles=int(done["tiles"]) if "tiles" in done else None,
-                tiles_skipped=int(done["tiles_skipped"]) if "tiles_skipped" in done else None,
-                run_hash=str(done["run_hash"]),
-            )
-        except (KeyError, TypeError, OverflowError) as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from error
-        if not (slide.area_mm2 > 0 and slide.seconds >= 0 and slide.histogram):
-            raise ValueError("area, time or histogram is none")
-        return slide
 
 
 @contextmanager
@@ -134,15 +81,17 @@ def write_report(out: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    run = _read_json(out / "run.json")
+    run = read_json(out / "run.json")
     slides, broken = [], []
     for path in sorted(out.glob(f"*/{DONE_NAME}")):
         try:
-            slides.append(_Slide.read(path.parent))
+            slides.append(SlideResult.read(path.parent))
         except (OSError, ValueError) as error:
-            broken.append((path.parent.name, "report", f"its {DONE_NAME} cannot be read ({error}); run it again"))
-    failures = [*_failures(out / "failed.csv"), *broken]
-    model = _dict(run.get("model"))
+            broken.append(
+                (path.parent.name, "report", f"its {DONE_NAME} cannot be read ({error}); delete it and run again")
+            )
+    failures = [*read_failures(out / "failed.csv"), *broken]
+    model = as_dict(run.get("model"))
     subtitle = f"{model.get('name', 'unknown model')} {model.get('version', '')} on {run.get('device', 'unknown')}"
     body = [_totals(slides, len(failures))]
     if failures:
@@ -156,7 +105,7 @@ def write_report(out: Path) -> None:
     write_text(out / REPORT_NAME, page)
 
 
-def _totals(slides: list[_Slide], failed: int) -> str:
+def _totals(slides: list[SlideResult], failed: int) -> str:
     nuclei, area, seconds = (sum(getattr(s, name) for s in slides) for name in ("nuclei", "area_mm2", "seconds"))
     figures = [
         (f"{len(slides):,}", "slides done"),
@@ -169,7 +118,7 @@ def _totals(slides: list[_Slide], failed: int) -> str:
     return '<div class="totals">' + "".join(f"<div><b>{n}</b>{label}</div>" for n, label in figures) + "</div>"
 
 
-def _overview(slides: list[_Slide]) -> str:
+def _overview(slides: list[SlideResult]) -> str:
     head = ("nuclei", "nuclei / mm²", "median area µm²", "mm²", "seconds", "mm² / s")
     rows = []
     for i, s in enumerate(slides):
@@ -183,7 +132,7 @@ def _overview(slides: list[_Slide]) -> str:
     )
 
 
-def _article(index: int, s: _Slide, run_hash: object) -> str:
+def _article(index: int, s: SlideResult, run_hash: object) -> str:
     facts = {
         "Nuclei": f"{s.nuclei:,}",
         "Per mm²": _density(s),
@@ -209,7 +158,7 @@ def _article(index: int, s: _Slide, run_hash: object) -> str:
     )
 
 
-def _thumbnail(s: _Slide) -> str:
+def _thumbnail(s: SlideResult) -> str:
     try:
         code = base64.b64encode((s.folder / THUMBNAIL_NAME).read_bytes()).decode()
     except OSError:
@@ -217,7 +166,7 @@ def _thumbnail(s: _Slide) -> str:
     return f'<img alt="{escape(s.folder.name)}" src="data:image/jpeg;base64,{code}">'
 
 
-def _histogram(s: _Slide) -> str:
+def _histogram(s: SlideResult) -> str:
     """Bars of the areas as SVG, 380 x 150."""
     if s.nuclei == 0:
         return "<p>no nuclei</p>"
@@ -243,8 +192,8 @@ def _histogram(s: _Slide) -> str:
 
 
 def _run(run: dict[str, Any]) -> str:
-    settings = {name: _plain(value) for name, value in _dict(run.get("settings")).items()}
-    model = {f"model {name}": str(value) for name, value in _dict(run.get("model")).items()}
+    settings = {name: _plain(value) for name, value in as_dict(run.get("settings")).items()}
+    model = {f"model {name}": str(value) for name, value in as_dict(run.get("model")).items()}
     rows = {**settings, **model, "device": str(run.get("device")), "nsam": str(run.get("nsam"))}
     return "<h2>Run</h2>" + _table(("setting", "value"), rows.items())
 
@@ -263,39 +212,18 @@ def _plain(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _median(s: _Slide) -> str:
+def _median(s: SlideResult) -> str:
     return "-" if s.median_um2 is None else f"{s.median_um2:.1f}"
 
 
-def _density(s: _Slide) -> str:
+def _density(s: SlideResult) -> str:
     return _number(s.nuclei / s.area_mm2)
 
 
-def _rate(s: _Slide) -> str:
+def _rate(s: SlideResult) -> str:
     return _number(s.area_mm2 / s.seconds) if s.seconds else "-"
 
 
 def _number(value: float) -> str:
     """Three digits, or all before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _failures(path: Path) -> list[tuple[str, str, str]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            return [(row["slide"], row["stage"], row["reason"]) for row in csv.DictReader(stream)]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        return [(path.name, "report", f"cannot be read ({error})")]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return _dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
-
-
-def _dict(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
