@@ -65,6 +65,17 @@ def test_simplified_outlines_are_valid_and_near(seed: int, sigma: float, connect
         assert shapely.hausdorff_distance(exact, polygon.exterior, densify=0.1) < 0.9
 
 
+def test_outlines_that_would_cross_stay_as_they_are() -> None:
+    """A coarse tolerance, for at .5 px it does not happen."""
+    kept = 0
+    for nucleus in nuclei_of(blobs(0, 0.8, 8)):
+        rings = simplified_rings(nucleus, 2)
+        assert shapely.Polygon(rings[0], rings[1:]).is_valid
+        steps = np.abs(np.diff(rings[0], axis=0)).max(axis=1)
+        kept += len(rings[0]) > 25 and steps.max() <= 1  # each of its border's middles is there
+    assert kept > 3
+
+
 @pytest.mark.parametrize(("seed", "sigma", "connectivity"), SHAPES)
 def test_exact_outlines_enclose_exactly_the_pixels(seed: int, sigma: float, connectivity: int) -> None:
     holes = 0
