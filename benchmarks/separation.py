@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import load
 from nsam.runtime.frame import BLOCK_PX, Frame
-from nsam.runtime.level0 import carry
+from nsam.runtime.level0 import carry, nearest
 from nsam.runtime.measure import Nucleus, measure
 from nsam.runtime.metrics import Score, mean_and_pooled, score
 from nsam.runtime.pipeline import map_rows
@@ -103,7 +103,8 @@ def fast(case: Case, card: ModelCard) -> tuple[list[Nucleus], dict[str, float]]:
     box = Box(0, 0, *case.grid.level0_wh)
     labels, probability = carry(basins, case.maps[0], card.post.nucleus_threshold, (0, 0), box, case.grid)
     clock.stop("carry")
-    nuclei = measure(labels, probability, (0, 0), case.mpp, card.post.min_area_um2)
+    stain = nearest(case.maps[-1], (0, 0), box, case.grid)
+    nuclei = measure(labels, probability, stain, (0, 0), case.mpp, card.post.min_area_um2)
     clock.stop("measure")
     return nuclei, clock.steps
 
@@ -113,7 +114,8 @@ def reference(case: Case, card: ModelCard) -> tuple[list[Nucleus], dict[str, flo
     clock = Clock(case.truth.size)
     labels, probability = flooded(case.maps, card.output, card.post, case.grid, case.mpp)
     clock.stop("flood")
-    nuclei = measure(labels, probability, (0, 0), case.mpp)
+    stain = np.zeros_like(probability)  # not what is compared
+    nuclei = measure(labels, probability, stain, (0, 0), case.mpp)
     clock.stop("measure")
     return nuclei, clock.steps
 

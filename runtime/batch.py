@@ -21,7 +21,9 @@ from nsam.runtime.errors import OutputError
 from nsam.runtime.inputs import find_slides, folder_names
 from nsam.runtime.job import Job, Outcome, to_json
 from nsam.runtime.progress import Progress, progress
+from nsam.runtime.report import report_at_end
 from nsam.runtime.settings import Settings
+from nsam.runtime.sinks import check_parquet
 from nsam.runtime.writers import output_errors, write_text
 
 _LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "tifffile", "openslide-python")
@@ -38,13 +40,15 @@ def run(settings: Settings) -> int:
     """
     begin = time.monotonic()
     paths = find_slides(settings.inputs)
+    if "parquet" in settings.outputs:
+        check_parquet()
     _check_writable(settings.out)
     card = engines.read_card(settings.model)
     job = Job.of(settings, card)
     failed_csv = settings.out / "failed.csv"
     failures: list[Outcome] = []
     done = skipped = nuclei = 0
-    with _place(settings) as place, progress(len(paths)) as bar:
+    with report_at_end(settings.out), _place(settings) as place, progress(len(paths)) as bar:
         device = place.begin(job)
         bar.say(f"device: {device}")
         write_text(settings.out / "run.json", describe(settings, card, device, job.run_hash))

@@ -101,7 +101,7 @@ def _outputs(context: click.Context, option: click.Parameter, text: str) -> tupl
     default=",".join(Settings.outputs),
     show_default=True,
     callback=_outputs,
-    help="What to write, separated by commas.",
+    help=f"What to write, separated by commas; of {', '.join(OUTPUTS)}. `parquet` needs nsam[parquet].",
 )
 @click.option(
     "--cluster",
@@ -118,8 +118,8 @@ def main(verbose: bool, **options: Any) -> None:
     pattern such as 'slides/*.svs'. A DICOM slide is named by one of its .dcm files.
 
     Each slide gets nuclei.geojson (for QuPath), nuclei.csv (sizes in µm), labels.tif (int32, full
-    resolution), overlay.jpg (to look at) and slide.json. Coordinates are pixels of the full-resolution slide.
-    Finished slides are skipped when the same run is started again.
+    resolution), overlay.jpg (to look at) and slide.json; report.html shows them all. Coordinates are pixels of the
+    full-resolution slide. Finished slides are skipped when the same run is started again.
     """
     logging.basicConfig(format="%(name)s: %(message)s")
     if verbose:

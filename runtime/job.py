@@ -20,6 +20,7 @@ from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import InputError, NsamError, OutputError
 from nsam.runtime.frame import Frame
 from nsam.runtime.pipeline import Progress, make_bands, segment_slide
+from nsam.runtime.results import read_json
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, Settings
 from nsam.runtime.slides import Slide, open_slide
 from nsam.runtime.writers import write_results, write_text
@@ -98,7 +99,7 @@ class Job:
         """
         outputs = self.settings.outputs
         with at("write"):
-            before = read_done(folder)
+            before = read_json(folder / DONE_NAME)  # empty if broken, for then nothing is finished
             same = before.get("run_hash") == self.run_hash and before.get("path") == str(path.resolve())
             if same and all((folder / OUTPUTS[name]).is_file() for name in outputs):
                 return None
@@ -120,7 +121,7 @@ class Job:
                     store=store,
                     on_progress=on_progress,
                 )
-                nuclei = write_results(strips, slide, mpp, folder, outputs)
+                found = write_results(strips, slide, mpp, folder, outputs)
         width, height = slide.size_wh
         area_mm2 = width * height * mpp**2 / 1e6
         done = {
@@ -128,9 +129,9 @@ class Job:
             "size_wh_px": [width, height],
             "mpp": mpp,
             "mpp_source": mpp_source,
-            "nuclei": nuclei,
+            **found,
             "area_mm2": area_mm2,  # of the whole image, glass included
-            "nuclei_per_mm2": nuclei / area_mm2,
+            "nuclei_per_mm2": found["nuclei"] / area_mm2,
             "seconds": round(time.monotonic() - start, 3),
             "nsam": version("nsam"),
             "run_hash": self.run_hash,
@@ -141,6 +142,7 @@ class Job:
                     (folder / OUTPUTS[name]).unlink(missing_ok=True)
             write_text(folder / DONE_NAME, to_json(done))
             store.clear()
+        nuclei: int = found["nuclei"]
         return nuclei
 
     def count_bands(self, path: Path) -> int:
@@ -208,15 +210,6 @@ def run_hash_of(card: ModelCard, settings: Settings) -> str:
         "tta": settings.tta,
     }
     return hashlib.sha256(to_json(parts).encode()).hexdigest()[:16]
-
-
-def read_done(folder: Path) -> dict[str, Any]:
-    """A slide's `slide.json`; empty when there is none that can be read, for then nothing is finished."""
-    try:
-        data = json.loads((folder / DONE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def to_json(data: dict[str, Any]) -> str:

@@ -72,6 +72,19 @@ def carry(
     return labels, probability
 
 
+def nearest(values: NDArray[np.float32], origin_xy: tuple[int, int], box: Box, grid: Grid) -> NDArray[np.float32]:
+    """(box.height, box.width) float32: for each level-0 px of `box` the map px that it lies in; see `carry`."""
+    rows, cols = (
+        np.clip(((np.arange(start, end) + 0.5) * scale).astype(np.intp), 0, length - 1) - origin
+        for start, end, scale, length, origin in (
+            (box.y0, box.y1, grid.map_per_level0[1], grid.map_wh[1], origin_xy[1]),
+            (box.x0, box.x1, grid.map_per_level0[0], grid.map_wh[0], origin_xy[0]),
+        )
+    )
+    found: NDArray[np.float32] = np.take(values, cols, axis=1)[rows]
+    return found
+
+
 @dataclass(frozen=True)
 class _Taps:
     """The two map px about each level-0 px along one axis, and the weight of the second."""

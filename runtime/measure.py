@@ -24,6 +24,8 @@ class Nucleus(NamedTuple):
     major_um: float  # axes of the ellipse with the same second moments
     minor_um: float
     eccentricity: float
+    solidity: float  # area over that of the convex hull of its pixels' squares
+    haematoxylin: float  # mean optical density over its pixels, see `stains.haematoxylin`
     probability: float  # mean of the network's nucleus probability over its pixels
     mask: NDArray[np.bool_]  # (h, w) of the bounding box
 
@@ -31,28 +33,11 @@ class Nucleus(NamedTuple):
         """The same nucleus under another id."""
         return self._replace(id=new_id)
 
-    def ring_xy(self) -> NDArray[np.int32]:
-        """Closed exterior ring (N, 2) int32 along pixel borders, level-0 px.
-
-        Clockwise on screen, which by the numbers is RFC 7946's counterclockwise.
-
-        The ring encloses exactly the nucleus's pixels (holes apart), so rasterising it gives them back.
-        """
-        # With each pixel doubled, its two columns stand for its left and right border (rows alike), and a
-        # contour's diagonal steps between pixels fall on one corner.
-        doubled = self.mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
-        contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        ring = (max(contours, key=cv2.contourArea).reshape(-1, 2) + 1) // 2
-        ring = ring[np.any(ring != np.roll(ring, 1, axis=0), axis=1)]
-        arriving, leaving = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
-        ring = ring[np.any(arriving != leaving, axis=1)] + np.asarray(self.bbox_xywh[:2])
-        ring = ring[::-1]  # OpenCV goes the other way round
-        return np.concatenate([ring, ring[:1]]).astype(np.int32)
-
 
 def measure(
     labels: NDArray[np.int32],
     probability: NDArray[np.float32],
+    haematoxylin: NDArray[np.float32],
     origin_xy: tuple[int, int],
     mpp: float,
     min_area_um2: float = 0.0,
@@ -62,6 +47,7 @@ def measure(
     Args:
         labels: (H, W) int32, 0 = background. Of a label in several pieces (8-connected) the largest is the nucleus.
         probability: (H, W) float32 in 0..1, the nucleus probability at the same pixels.
+        haematoxylin: (H, W) float32, its optical density at the same pixels.
         origin_xy: level-0 position of pixel (0, 0).
         mpp: µm per level-0 px.
         min_area_um2: smaller ones are left out.
@@ -70,7 +56,7 @@ def measure(
         Nuclei in the order of their labels; ids are the labels.
     """
     nuclei: list[Nucleus] = []
-    for row in _table(labels, probability):
+    for row in _table(labels, probability, haematoxylin):
         if row.area * mpp**2 < min_area_um2:
             continue
         x, y = row.x, row.y
@@ -78,9 +64,10 @@ def measure(
         outlines, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         if len(outlines) > 1:
             piece = _largest_piece(mask) * np.int32(row.label)
-            seen = probability[y : y + row.height, x : x + row.width]
-            nuclei += measure(piece, seen, (x + origin_xy[0], y + origin_xy[1]), mpp, min_area_um2)
+            seen, stain = (of[y : y + row.height, x : x + row.width] for of in (probability, haematoxylin))
+            nuclei += measure(piece, seen, stain, (x + origin_xy[0], y + origin_xy[1]), mpp, min_area_um2)
             continue
+        hull_px = cv2.contourArea(cv2.convexHull(outlines[0])) + row.width + row.height - 1
         nuclei.append(
             Nucleus(
                 id=row.label,
@@ -94,6 +81,9 @@ def measure(
                 major_um=row.major * mpp,
                 minor_um=row.minor * mpp,
                 eccentricity=row.eccentricity,
+                # The hull of squares is that of their centres widened by a square.
+                solidity=row.area / hull_px,
+                haematoxylin=row.haematoxylin,
                 probability=row.probability,
                 mask=mask,
             )
@@ -116,20 +106,25 @@ class _Row(NamedTuple):
     minor: float
     eccentricity: float
     probability: float
+    haematoxylin: float
 
 
-def _table(labels: NDArray[np.int32], probability: NDArray[np.float32]) -> Iterator[_Row]:
+def _table(
+    labels: NDArray[np.int32], probability: NDArray[np.float32], haematoxylin: NDArray[np.float32]
+) -> Iterator[_Row]:
     """A row for each label, ascending. Sums go over runs, rows of pixels of one label: some twenty times fewer."""
     begins = np.ones(labels.shape, np.bool_)
     np.not_equal(labels[:, 1:], labels[:, :-1], out=begins[:, 1:])
     begin = np.flatnonzero(begins)
     value = labels.ravel()[begin]
     length = np.diff(begin, append=labels.size)
-    seen = np.add.reduceat(probability.ravel(), begin) if begin.size else np.zeros(0, np.float32)
+    if not begin.size:
+        return
+    sums = [np.add.reduceat(of.ravel(), begin) for of in (probability, haematoxylin)]
     kept = np.flatnonzero(value)
     # A stable sort by label: every label's runs one after the other, in raster order.
     kept = kept[np.argsort(value[kept], kind="stable")]
-    value, length, seen = value[kept], length[kept], seen[kept].astype(np.float64)
+    value, length = value[kept], length[kept]
     y, x = np.divmod(begin[kept], labels.shape[1])
     first = np.flatnonzero(np.diff(value, prepend=0))
     if first.size == 0:
@@ -155,7 +150,8 @@ def _table(labels: NDArray[np.int32], probability: NDArray[np.float32]) -> Itera
     major, minor = (np.maximum(var_x + var_y + sign * spread, 0) / 2 for sign in (1, -1))
     eccentricity = np.sqrt(1 - np.divide(minor, major, out=np.ones_like(major), where=major > 0))
     axes = (4 * np.sqrt(major), 4 * np.sqrt(minor), eccentricity)
-    columns = [value[first], x0, y0, width, height, area, mean_x, mean_y, *axes, total(seen) / area]
+    means = (total(of[kept].astype(np.float64)) / area for of in sums)
+    columns = [value[first], x0, y0, width, height, area, mean_x, mean_y, *axes, *means]
     yield from map(_Row._make, zip(*(column.tolist() for column in columns), strict=True))
 
 

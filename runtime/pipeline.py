@@ -20,10 +20,11 @@ from nsam.runtime.bands import BandStore
 from nsam.runtime.canvas import Canvas, Strip
 from nsam.runtime.engines import Engine
 from nsam.runtime.frame import BLOCK_PX, Frame
-from nsam.runtime.level0 import carry
+from nsam.runtime.level0 import carry, nearest
 from nsam.runtime.measure import Nucleus, measure
 from nsam.runtime.prefetch import prefetch
 from nsam.runtime.slides import Slide, read_input
+from nsam.runtime.stains import haematoxylin
 from nsam.runtime.tiles import Block, Box, Tile, map_span
 from nsam.runtime.watershed import separate
 
@@ -114,28 +115,33 @@ def map_rows(
     batch: int = 4,
     on_tiles: Callable[[int], None] = lambda tiles: None,
 ) -> Iterator[NDArray[np.float32]]:
-    """The slide's maps, top to bottom: (C, h, map width) float32 for each row of tiles, or those of `rows`."""
+    """The slide's maps, top to bottom: (C + 1, h, map width) float32 for each row of tiles, or those of `rows`.
+
+    The last is haematoxylin: made of the pixels that the network sees, so that the slide is read once.
+    """
     stride = frame.card.output.stride
     chosen = frame.tiles if rows is None else [frame.tiles[row] for row in rows]
 
-    def batches() -> Iterator[tuple[list[Tile], NDArray[np.uint8]]]:
+    def batches() -> Iterator[tuple[list[Tile], NDArray[np.uint8], NDArray[np.float32]]]:
         # A batch ends with its row, so a tile's company, and with it the last bit of its maps, is always the same.
         for row in chosen:
             for start in range(0, len(row), batch):
                 tiles = row[start : start + batch]
-                yield tiles, np.stack([read_input(slide, tile.read, frame.grid) for tile in tiles])
+                images = np.stack([read_input(slide, tile.read, frame.grid) for tile in tiles])
+                yield tiles, images, haematoxylin(images, stride)
 
     with closing(prefetch(batches(), READ_AHEAD)) as read:
         for row in chosen:
             top, bottom = frame.written(row)
-            maps = np.empty((len(frame.card.output.channels), bottom - top, frame.grid.map_wh[0]), np.float32)
+            maps = np.empty((len(frame.card.output.channels) + 1, bottom - top, frame.grid.map_wh[0]), np.float32)
             filled = 0
             while filled < len(row):
-                tiles, images = next(read)
-                for tile, result in zip(tiles, engine.run(images), strict=True):
+                tiles, images, stains = next(read)
+                for tile, result, stain in zip(tiles, engine.run(images), stains, strict=True):
                     left, right = tile.write.x0 // stride, -(-tile.write.x1 // stride)
                     x, y = left - tile.read.x0 // stride, top - tile.read.y0 // stride
-                    maps[:, :, left:right] = result[:, y : y + bottom - top, x : x + right - left]
+                    maps[:-1, :, left:right] = result[:, y : y + bottom - top, x : x + right - left]
+                    maps[-1, :, left:right] = stain[y : y + bottom - top, x : x + right - left]
                 filled += len(tiles)
                 on_tiles(len(tiles))
             yield maps
@@ -144,7 +150,7 @@ def map_rows(
 def separate_bands(
     rows: Iterator[NDArray[np.float32]], frame: Frame, first: int = 0, last: int | None = None, workers: int = 1
 ) -> Iterator[list[Nucleus]]:
-    """Separate and measure the nuclei of bands [first, last) in maps that arrive in rows, top to bottom."""
+    """Separate and measure the nuclei of bands [first, last) in maps that arrive as from `map_rows`."""
     last = len(frame.bands) if last is None else last
     start = frame.written(frame.tiles[frame.tile_rows(first, last)[0]])[0]
     strip = _MapStrip(rows, start)
@@ -165,7 +171,7 @@ def block_nuclei(maps: NDArray[np.float32], top: int, block: Block, frame: Frame
     """The nuclei that a block owns.
 
     Args:
-        maps: (C, h, map width) float32, map rows from `top` on.
+        maps: (C + 1, h, map width) float32 as `map_rows` gives them, rows from `top` on.
         top: see there.
         block: of one of the frame's bands.
         frame: the slide's.
@@ -175,7 +181,8 @@ def block_nuclei(maps: NDArray[np.float32], top: int, block: Block, frame: Frame
     part = maps[:, :, left:right]
     basins = separate(part, frame.card.output, post, frame.mpp / grid.map_per_level0[0])
     labels, probability = carry(basins, part[0], post.nucleus_threshold, (left, top), block.read, grid)
-    found = measure(labels, probability, (block.read.x0, block.read.y0), frame.mpp, post.min_area_um2)
+    stain = nearest(part[-1], (left, top), block.read, grid)
+    found = measure(labels, probability, stain, (block.read.x0, block.read.y0), frame.mpp, post.min_area_um2)
     return [nucleus.renumbered(0) for nucleus in found if _owns(block.write, nucleus)]
 
 

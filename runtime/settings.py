@@ -12,10 +12,16 @@ Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 #: What can be written for a slide, and the file's name.
 OUTPUTS = {
     "geojson": "nuclei.geojson",
+    "geojson.gz": "nuclei.geojson.gz",
     "csv": "nuclei.csv",
+    "parquet": "nuclei.parquet",
     "labels": "labels.tif",
+    "ometiff": "labels.ome.tif",
     "overlay": "overlay.jpg",
+    "heatmap": "density.png",
 }
+#: Always written, for the report.
+THUMBNAIL_NAME = "thumbnail.jpg"
 #: Written last: a slide whose results are complete has it.
 DONE_NAME = "slide.json"
 
@@ -42,8 +48,8 @@ class Settings:
     batch: int = 4
     #: Views of each tile whose maps are averaged; each costs a whole pass of the network.
     tta: int = 1
-    #: All by default: each serves another reader, and writing costs little beside the network.
-    outputs: tuple[str, ...] = tuple(OUTPUTS)
+    #: Each serves another reader; what is left out says the same again, in another format.
+    outputs: tuple[str, ...] = ("geojson", "csv", "labels", "overlay")
     #: A Dask scheduler whose workers take the slides: an address, a scheduler file, or `local:N`; None: this process.
     cluster: str | None = None
     #: Results that took hours are not replaced unasked.

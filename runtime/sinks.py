@@ -1,34 +1,32 @@
-"""Files that take one nucleus after the other: GeoJSON, CSV, and the overlay to look at."""
+"""Files that take one nucleus after the other: GeoJSON and tables."""
 
 from __future__ import annotations
 
 import csv
+import gzip
+import importlib
 import io
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from nsam.runtime.errors import OutputError
 from nsam.runtime.measure import Nucleus
-from nsam.runtime.slides import Slide, read_overview
 
-#: Takes a nucleus and its closed ring (N, 2) int32, level-0 px; called with ascending ids.
-Add = Callable[[Nucleus, NDArray[np.int32]], None]
+#: Takes a nucleus and its `simplified_rings`; called with ascending ids. Rings are empty where no output needs them.
+Add = Callable[[Nucleus, list[NDArray[np.float64]]], None]
 
 #: Ids follow from the slide's name and the nucleus's number, so a second run gives the same.
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "nsam")
-_OVERVIEW_PX = 2048
-_OUTLINE_RGB = (0, 200, 60)  # green stands out from both stains
-_FRACTION_BITS = 4  # OpenCV draws in 1/16 px
+_ROW_GROUP = 65536  # rows that wait in memory for a Parquet file
 
-_CSV_COLUMNS = (
+_COLUMNS = (
     "id",
     "x_px",
     "y_px",
@@ -39,31 +37,44 @@ _CSV_COLUMNS = (
     "major_um",
     "minor_um",
     "eccentricity",
+    "solidity",
+    "haematoxylin_od",
     "probability",
 )
 
 
 @contextmanager
-def geojson_sink(path: Path, slide_name: str) -> Iterator[Add]:
-    """A FeatureCollection (RFC 7946) as QuPath imports it: a detection per nucleus, in level-0 px."""
-    with path.open("w", encoding="utf-8") as stream:
+def geojson_sink(path: Path, slide_name: str, compressed: bool = False) -> Iterator[Add]:
+    """A FeatureCollection (RFC 7946) as QuPath imports it: a detection per nucleus, in level-0 px.
+
+    Args:
+        path: to write.
+        slide_name: from which the features' ids follow.
+        compressed: as gzip, which QuPath opens as it is.
+    """
+    # No name and no time in the gzip header: the same nuclei are the same file.
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile("", "wb", 6, raw, 0) if compressed else raw as target,
+        io.TextIOWrapper(target, encoding="utf-8", newline="\n") as stream,
+    ):
         stream.write('{"type": "FeatureCollection", "features": [')
         separator = "\n"
 
-        def add(nucleus: Nucleus, ring: NDArray[np.int32]) -> None:
+        def add(nucleus: Nucleus, rings: list[NDArray[np.float64]]) -> None:
             nonlocal separator
-            stream.write(separator + json.dumps(_feature(nucleus, ring, slide_name), ensure_ascii=False))
+            stream.write(separator + json.dumps(_feature(nucleus, rings, slide_name), ensure_ascii=False))
             separator = ",\n"
 
         yield add
         stream.write("\n]}\n")
 
 
-def _feature(nucleus: Nucleus, ring: NDArray[np.int32], slide_name: str) -> dict[str, Any]:
+def _feature(nucleus: Nucleus, rings: list[NDArray[np.float64]], slide_name: str) -> dict[str, Any]:
     return {
         "type": "Feature",
         "id": str(uuid.uuid5(_NAMESPACE, f"{slide_name}#{nucleus.id}")),
-        "geometry": {"type": "Polygon", "coordinates": [ring.tolist()]},
+        "geometry": {"type": "Polygon", "coordinates": [ring.tolist() for ring in rings]},
         "properties": {
             "objectType": "detection",
             "classification": {"name": "Nucleus"},
@@ -74,6 +85,8 @@ def _feature(nucleus: Nucleus, ring: NDArray[np.int32], slide_name: str) -> dict
                 "Major axis µm": round(nucleus.major_um, 3),
                 "Minor axis µm": round(nucleus.minor_um, 3),
                 "Eccentricity": round(nucleus.eccentricity, 4),
+                "Solidity": round(nucleus.solidity, 4),
+                "Haematoxylin OD mean": round(nucleus.haematoxylin, 4),
                 "Probability": round(nucleus.probability, 4),
             },
         },
@@ -85,35 +98,52 @@ def csv_sink(path: Path, mpp: float) -> Iterator[Add]:
     """A row per nucleus; `_px` are level-0 px and `_um` µm, both from the slide's upper left corner."""
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(_CSV_COLUMNS)
+        writer.writerow(_COLUMNS)
+        yield lambda nucleus, rings: writer.writerow(_row(nucleus, mpp))
 
-        def add(nucleus: Nucleus, ring: NDArray[np.int32]) -> None:
-            x, y = nucleus.centroid_xy
-            lengths = (x, y, x * mpp, y * mpp, nucleus.area_um2, nucleus.perimeter_um)
-            axes = (nucleus.major_um, nucleus.minor_um)
-            ratios = (nucleus.eccentricity, nucleus.probability)
-            writer.writerow([nucleus.id, *(f"{v:.3f}" for v in lengths + axes), *(f"{v:.4f}" for v in ratios)])
 
-        yield add
+def _row(nucleus: Nucleus, mpp: float) -> list[float]:
+    """Values of `_COLUMNS`, rounded: 1/1000 of px and µm, 1/10000 of what has no unit."""
+    x, y = nucleus.centroid_xy
+    lengths = (x, y, x * mpp, y * mpp, nucleus.area_um2, nucleus.perimeter_um, nucleus.major_um, nucleus.minor_um)
+    ratios = (nucleus.eccentricity, nucleus.solidity, nucleus.haematoxylin, nucleus.probability)
+    return [nucleus.id, *(round(v, 3) for v in lengths), *(round(v, 4) for v in ratios)]
+
+
+def check_parquet() -> None:
+    """Know before the work whether Parquet can be written.
+
+    Raises:
+        OutputError: pyarrow is missing or broken.
+    """
+    try:
+        importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise OutputError(
+            f"`--outputs parquet`: needs pyarrow, which cannot be imported ({error}); pip install 'nsam[parquet]'"
+        ) from error
 
 
 @contextmanager
-def overlay_sink(path: Path, slide: Slide) -> Iterator[Add]:
-    """A JPEG of the slide, its longer side at most 2048 px, with the outlines of the nuclei.
+def parquet_sink(path: Path, mpp: float) -> Iterator[Add]:
+    """The columns and values of the CSV as Parquet: `id` int32, the others float64."""
+    import pyarrow
+    from pyarrow import parquet
 
-    Raises:
-        InputError: the slide cannot be read.
-    """
-    canvas = read_overview(slide, _OVERVIEW_PX)
-    scale = np.array(canvas.shape[1::-1]) / slide.size_wh
+    schema = pyarrow.schema([(name, pyarrow.int32() if name == "id" else pyarrow.float64()) for name in _COLUMNS])
+    rows: list[list[float]] = []
 
-    def add(nucleus: Nucleus, ring: NDArray[np.int32]) -> None:
-        # OpenCV counts from the middle of the first pixel, rings from its corner.
-        points = np.rint((ring * scale - 0.5) * (1 << _FRACTION_BITS)).astype(np.int32)
-        cv2.polylines(canvas, [points], True, _OUTLINE_RGB, 1, cv2.LINE_AA, _FRACTION_BITS)
+    def flush() -> None:
+        columns: list[Sequence[float]] = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
+        writer.write_table(pyarrow.table(dict(zip(_COLUMNS, columns, strict=True)), schema=schema))
+        rows.clear()
 
-    yield add
-    # Through memory: Pillow takes a write that a full disk cut short for a success.
-    jpeg = io.BytesIO()
-    Image.fromarray(canvas).save(jpeg, "JPEG", quality=90)
-    path.write_bytes(jpeg.getvalue())
+    def add(nucleus: Nucleus, rings: list[NDArray[np.float64]]) -> None:
+        rows.append(_row(nucleus, mpp))
+        if len(rows) == _ROW_GROUP:
+            flush()
+
+    with path.open("wb") as stream, parquet.ParquetWriter(stream, schema, compression="zstd") as writer:
+        yield add
+        if rows:
+            flush()

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 
 from nsam.runtime.canvas import Strip
 from nsam.runtime.errors import OutputError
-from nsam.runtime.settings import DONE_NAME, OUTPUTS
-from nsam.runtime.sinks import Add, csv_sink, geojson_sink, overlay_sink
-from nsam.runtime.slides import Slide
+from nsam.runtime.outlines import simplified_rings
+from nsam.runtime.pictures import OVERVIEW_PX, Density, overlay_sink, write_heatmap, write_thumbnail
+from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
+from nsam.runtime.sinks import Add, csv_sink, geojson_sink, parquet_sink
+from nsam.runtime.slides import Slide, read_overview
+from nsam.runtime.tiffs import write_labels, write_pyramid
 
-_TILE_PX = 512
-_UM_PER_CM = 10000.0
+_OUTLINED = {"geojson", "geojson.gz", "overlay"}
+_BIN_UM2, _BINS = 5, 50  # of the histogram; the last bin holds all larger ones, too
 
 
-def write_results(strips: Iterable[Strip], slide: Slide, mpp: float, folder: Path, outputs: Sequence[str]) -> int:
+def write_results(
+    strips: Iterable[Strip], slide: Slide, mpp: float, folder: Path, outputs: Sequence[str]
+) -> dict[str, Any]:
     """Write a slide's results while its strips come in, and move them into place at the end.
 
     Earlier results stay until then. `slide.json`, which says that results are complete, is removed before the
@@ -29,51 +35,79 @@ def write_results(strips: Iterable[Strip], slide: Slide, mpp: float, folder: Pat
 
     Args:
         strips: of the whole slide; consumed once.
-        slide: the slide itself, for its size, its name and the overlay's background.
+        slide: the slide itself, for its size, its name and the pictures' background.
         mpp: µm per level-0 px.
         folder: made if need be.
-        outputs: keys of `settings.OUTPUTS`.
+        outputs: keys of `settings.OUTPUTS`; a thumbnail comes with them.
 
     Returns:
-        The number of nuclei.
+        `nuclei`, their number; `peak_per_mm2`, the highest density on a grid of 50 µm; `area_um2`: median (None
+        without nuclei) and histogram of their areas.
 
     Raises:
         OutputError: disk full, no permission and the like.
         Exception: whatever `strips` raises. Nothing half-written is left in either case.
     """
     parts = {name: _part(folder / OUTPUTS[name]) for name in outputs}
-    sinks: dict[str, Callable[[Path], AbstractContextManager[Add]]] = {
-        "geojson": lambda path: geojson_sink(path, slide.path.name),
-        "csv": lambda path: csv_sink(path, mpp),
-        "overlay": lambda path: overlay_sink(path, slide),
-    }
-    nuclei = 0
+    labels = _part(folder / OUTPUTS["labels"])
+    size_wh, name = slide.size_wh, slide.path.name
+    areas, density = array("d"), Density(size_wh, mpp)
 
     def feed(adds: Sequence[Add]) -> Iterator[Strip]:
-        nonlocal nuclei
         for strip in strips:
             for nucleus in strip.nuclei:
-                ring = nucleus.ring_xy()
+                rings = simplified_rings(nucleus) if outlined else []
                 for add in adds:
-                    add(nucleus, ring)
-            nuclei += len(strip.nuclei)
+                    add(nucleus, rings)
+                density.add(nucleus)
+                areas.append(nucleus.area_um2)
             yield strip
 
+    outlined = not _OUTLINED.isdisjoint(outputs)
+    overview = read_overview(slide, OVERVIEW_PX)
+    sinks: dict[str, Callable[[Path], AbstractContextManager[Add]]] = {
+        "geojson": lambda path: geojson_sink(path, name),
+        "geojson.gz": lambda path: geojson_sink(path, name, compressed=True),
+        "csv": lambda path: csv_sink(path, mpp),
+        "parquet": lambda path: parquet_sink(path, mpp),
+        "overlay": lambda path: overlay_sink(path, overview, size_wh),
+    }
     with output_errors(folder), ExitStack() as cleanup:
         folder.mkdir(parents=True, exist_ok=True)
-        for part in parts.values():
+        thumbnail = _part(folder / THUMBNAIL_NAME)
+        for part in (*parts.values(), labels, thumbnail):
             cleanup.callback(part.unlink, missing_ok=True)
         with ExitStack() as files:
-            fed = feed([files.enter_context(sinks[name](parts[name])) for name in outputs if name in sinks])
-            if "labels" in parts:
-                _write_labels(parts["labels"], fed, slide.size_wh, mpp)
+            adds = [files.enter_context(sinks[output](parts[output])) for output in outputs if output in sinks]
+            fed = feed(adds)
+            if "labels" in parts or "ometiff" in parts:
+                write_labels(labels, fed, size_wh, mpp)
             else:
                 for _ in fed:
                     pass
+        if "ometiff" in parts:
+            write_pyramid(parts["ometiff"], labels, mpp, name)
+        if "heatmap" in parts:
+            write_heatmap(parts["heatmap"], density)
+        write_thumbnail(thumbnail, overview, density)
         (folder / DONE_NAME).unlink(missing_ok=True)
-        for name, part in parts.items():
-            os.replace(part, folder / OUTPUTS[name])
-    return nuclei
+        for output, part in parts.items():
+            os.replace(part, folder / OUTPUTS[output])
+        os.replace(thumbnail, folder / THUMBNAIL_NAME)
+    return _summary(np.frombuffer(areas), density)
+
+
+def _summary(areas: NDArray[np.float64], density: Density) -> dict[str, Any]:
+    bins = np.minimum(areas // _BIN_UM2, _BINS - 1).astype(int)
+    return {
+        "nuclei": areas.size,
+        "peak_per_mm2": float(density.per_mm2().max()),
+        "area_um2": {
+            "median": float(np.median(areas)) if areas.size else None,
+            "bin": _BIN_UM2,
+            "histogram": np.bincount(bins, minlength=_BINS).tolist(),
+        },
+    }
 
 
 def write_text(path: Path, text: str) -> None:
@@ -109,45 +143,3 @@ def output_errors(path: Path) -> Iterator[None]:
 
 def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
-
-
-def _write_labels(path: Path, strips: Iterator[Strip], size_wh: tuple[int, int], mpp: float) -> None:
-    """Label image as tiled TIFF, int32; pulls the strips as it needs them."""
-    width, height = size_wh
-    # Offsets of a classic TIFF end at 4 GB, those of some readers at 2.
-    with tifffile.TiffWriter(path, bigtiff=width * height * 4 > 2**31) as tif:
-        tif.write(
-            _label_tiles(strips, width),
-            shape=(height, width),
-            dtype=np.int32,
-            tile=(_TILE_PX, _TILE_PX),
-            compression="zlib",
-            # More would pull the strips ahead, and their cores are the network's.
-            maxworkers=1,
-            photometric="minisblack",
-            resolution=(_UM_PER_CM / mpp, _UM_PER_CM / mpp),
-            resolutionunit="CENTIMETER",
-            metadata=None,
-        )
-
-
-def _label_tiles(strips: Iterator[Strip], width: int) -> Iterator[NDArray[np.int32]]:
-    """Strips of any height -> tiles, row by row; those at the right and lower edge are smaller."""
-    band = np.empty((_TILE_PX, width), np.int32)
-    filled = 0
-    for strip in strips:
-        start = 0
-        while start < len(strip.labels):
-            rows = strip.labels[start : start + _TILE_PX - filled]
-            band[filled : filled + len(rows)] = rows
-            start, filled = start + len(rows), filled + len(rows)
-            if filled == _TILE_PX:
-                yield from _cut(band)
-                filled = 0
-    if filled:
-        yield from _cut(band[:filled])
-
-
-def _cut(band: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
-    for x in range(0, band.shape[1], _TILE_PX):
-        yield band[:, x : x + _TILE_PX]

@@ -39,8 +39,8 @@ def slides(tmp_path_factory: pytest.TempPathFactory, draw_discs: Any) -> Path:
 
 
 def infer(slides: Path, model: Path, out: Path, *more: str) -> Result:
-    options = ["--model", model, "--mpp", "0.25", "--device", "cpu", "--threads", "1", *more]
-    return CliRunner().invoke(main, list(map(str, [slides, "--out", out, *options])))
+    options = ["--model", model, "--mpp", "0.25", "--device", "cpu", "--threads", "1", "--outputs", ",".join(OUTPUTS)]
+    return CliRunner().invoke(main, list(map(str, [slides, "--out", out, *options, *more])))
 
 
 def results(out: Path) -> dict[str, bytes]:

@@ -22,8 +22,12 @@ from PIL import Image
 
 from nsam.runtime import job, segment
 from nsam.runtime.cli import main
+from nsam.runtime.engines import load
 from nsam.runtime.errors import InputError
-from nsam.runtime.settings import OUTPUTS
+from nsam.runtime.pipeline import segment_slide
+from nsam.runtime.settings import OUTPUTS, THUMBNAIL_NAME
+from nsam.runtime.slides import ArraySlide
+from nsam.runtime.writers import write_results
 
 DrawDiscs = Callable[..., NDArray[np.uint8]]
 
@@ -175,8 +179,9 @@ def test_real_slides(infer: Callable[..., Result], data_dir: Path, tmp_path: Pat
 def test_files_of_a_run(infer: Callable[..., Result], png: Path, tiny_model: Path, tmp_path: Path) -> None:
     result = infer(png, "--mpp", 0.25)
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {"run.json", "a"}
-    assert {path.name for path in (out / "a").iterdir()} == {*OUTPUTS.values(), "slide.json"}
+    assert {path.name for path in out.iterdir()} == {"run.json", "report.html", "a"}
+    default = {"nuclei.geojson", "nuclei.csv", "labels.tif", "overlay.jpg"}
+    assert {path.name for path in (out / "a").iterdir()} == {*default, "thumbnail.jpg", "slide.json"}
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert run["settings"]["mpp"] == 0.25
     assert run["model"]["name"] == "tiny"
@@ -189,7 +194,7 @@ def test_files_of_a_run(infer: Callable[..., Result], png: Path, tiny_model: Pat
 def test_outputs_asked_for_only(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
     assert infer(png, "--mpp", 0.25, "--outputs", "csv, labels").exit_code == 0
     names = {path.name for path in (tmp_path / "out" / "a").iterdir()}
-    assert names == {"nuclei.csv", "labels.tif", "slide.json"}
+    assert names == {"nuclei.csv", "labels.tif", "thumbnail.jpg", "slide.json"}
 
 
 def test_done_slides_are_skipped_until_more_is_asked(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
@@ -214,7 +219,7 @@ def test_other_settings_need_overwrite(infer: Callable[..., Result], png: Path, 
     assert {path.name: path.read_bytes() for path in (out / "a").iterdir()} == before
     assert infer(png, "--mpp", 0.3, "--outputs", "csv", "--overwrite").exit_code == 0
     # The others were of the settings before.
-    assert {path.name for path in (out / "a").iterdir()} == {"nuclei.csv", "slide.json"}
+    assert {path.name for path in (out / "a").iterdir()} == {"nuclei.csv", "thumbnail.jpg", "slide.json"}
     assert not (out / "failed.csv").exists()
 
 
@@ -223,7 +228,7 @@ def test_equal_stems_have_folders_of_their_own(infer: Callable[..., Result], png
         (tmp_path / folder).mkdir()
         shutil.copyfile(png, tmp_path / folder / "a.png")
     assert infer(tmp_path / "x", tmp_path / "y", "--mpp", 0.25, "--outputs", "csv").exit_code == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "x_a", "y_a"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "report.html", "x_a", "y_a"}
 
 
 def test_another_slide_of_the_same_name_does_not_overwrite(
@@ -242,7 +247,56 @@ def test_results_below_the_input_are_no_input(infer: Callable[..., Result], png:
     assert "0 slides done, 1 skipped" in infer(tmp_path, "--mpp", 0.25).output
 
 
+def test_the_report_shows_slides_of_earlier_runs_too(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    infer(png, "--mpp", 0.25, "--outputs", "csv")
+    shutil.copyfile(png, tmp_path / "b.png")
+    (tmp_path / "empty.svs").touch()
+    assert infer(tmp_path, "--mpp", 0.25, "--outputs", "csv").exit_code == 1
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<article") == page.count("data:image/jpeg") == 2
+    assert "the file is empty (0 bytes)" in page
+
+
+def test_blocks_and_batches_change_no_byte(tiny_model: Path, discs: Callable[..., Any], tmp_path: Path) -> None:
+    engine = load(tiny_model, device="cpu", threads=1)
+    image = discs(0.25).copy()
+    image[..., 0] += np.random.default_rng(0).integers(0, 30, image.shape[:2], np.uint8).clip(0, 255 - image[..., 0])
+    slide = ArraySlide(image, Path("a.png"), 0.25)
+    for name, options in {"1": {"batch": 1, "block_px": 4096}, "2": {"batch": 3, "block_px": 110}}.items():
+        found = write_results(
+            segment_slide(slide, engine, 0.25, **options), slide, 0.25, tmp_path / name, tuple(OUTPUTS)
+        )
+        assert found["nuclei"] == len(CENTRES_UM)
+    for name in (*OUTPUTS.values(), THUMBNAIL_NAME):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+
+
+def test_haematoxylin_is_that_of_the_pixels(
+    infer: Callable[..., Result], draw_discs: DrawDiscs, tmp_path: Path
+) -> None:
+    """Two discs, one of the stain's own colour and one of eosin's, as dark to the network."""
+    image = draw_discs((300, 100), [(50, 50), (250, 50)], 24)
+    for centre, colour in ((50, (57, 51, 131)), (250, (120, 20, 40))):
+        part = image[:, centre - 50 : centre + 50]
+        part[part[..., 0] < 128] = colour
+    Image.fromarray(image).save(tmp_path / "a.png")
+    assert infer(tmp_path / "a.png", "--mpp", 0.25).exit_code == 0
+    blue, red = sorted(rows_of(tmp_path / "out" / "a"), key=lambda row: row["x_px"])
+    assert blue["haematoxylin_od"] == pytest.approx(1, abs=0.1)  # less at the border, where pixels mix
+    assert red["haematoxylin_od"] < 0.3
+
+
 # What goes wrong
+
+
+def test_parquet_without_pyarrow_is_refused_before_any_work(
+    infer: Callable[..., Result], png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    result = infer(png, "--mpp", 0.25, "--outputs", "csv,parquet")
+    assert result.exit_code == 2
+    assert "Error: `--outputs parquet`: needs pyarrow" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_failure_does_not_end_the_batch(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
@@ -264,7 +318,7 @@ def test_one_failure_does_not_end_the_batch(infer: Callable[..., Result], png: P
         ("empty.svs", "open"),
         ("text.svs", "open"),
     ]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "failed.csv", "a", "z"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "report.html", "failed.csv", "a", "z"}
 
 
 def test_no_mpp(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:

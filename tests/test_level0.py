@@ -1,9 +1,12 @@
 """From map px to level-0 px: the same from any block, in place, and with smooth borders."""
 
+from typing import Any
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from nsam.runtime.level0 import carry, logit
+from nsam.runtime.level0 import carry, logit, nearest
 from nsam.runtime.tiles import Box, Grid, blocks, map_span
 
 
@@ -13,13 +16,17 @@ def test_parts_equal_the_whole_to_the_bit(mpp: float) -> None:
     grid = Grid.of((301, 233), mpp, 0.25, 2)
     logits = rng.normal(size=grid.map_wh[::-1]).astype(np.float32)
     basins = (rng.integers(1, 5, logits.shape) * (logits > 0)).astype(np.int32)
-    whole = carry(basins, logits, 0.5, (0, 0), Box(0, 0, 301, 233), grid)
+
+    def carried(basins: NDArray[np.int32], logits: NDArray[np.float32], origin_xy: tuple[int, int], box: Box) -> Any:
+        return *carry(basins, logits, 0.5, origin_xy, box, grid), nearest(logits, origin_xy, box, grid)
+
+    whole = carried(basins, logits, (0, 0), Box(0, 0, 301, 233))
     for row in blocks((301, 233), 90, 11):
         for block in row:
             box = block.read
             x0, x1 = map_span(box.x0, box.x1, grid.map_per_level0[0], grid.map_wh[0])
             y0, y1 = map_span(box.y0, box.y1, grid.map_per_level0[1], grid.map_wh[1])
-            part = carry(basins[y0:y1, x0:x1], logits[y0:y1, x0:x1], 0.5, (x0, y0), box, grid)
+            part = carried(basins[y0:y1, x0:x1], logits[y0:y1, x0:x1], (x0, y0), box)
             for found, wanted in zip(part, whole, strict=True):
                 np.testing.assert_array_equal(found, wanted[box.y0 : box.y1, box.x0 : box.x1])
 

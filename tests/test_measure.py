@@ -6,7 +6,7 @@ import pytest
 import shapely
 from skimage.measure import regionprops_table
 
-from nsam.runtime.measure import measure
+from nsam.runtime.measure import Nucleus, measure
 
 
 def ellipses(seed: int = 0) -> np.ndarray:
@@ -17,6 +17,11 @@ def ellipses(seed: int = 0) -> np.ndarray:
         axes = (int(rng.integers(1, 16)), int(rng.integers(1, 12)))
         cv2.ellipse(labels, centre, axes, float(rng.uniform(0, 180)), 0, 360, 3 * i + 1, -1)
     return labels
+
+
+def measure_shapes(labels: np.ndarray, origin_xy: tuple[int, int], mpp: float, least: float = 0) -> list[Nucleus]:
+    ones = np.ones(labels.shape, np.float32)
+    return measure(labels, ones, ones, origin_xy, mpp, least)
 
 
 def largest_pieces(labels: np.ndarray) -> np.ndarray:
@@ -32,7 +37,8 @@ def test_of_several_pieces_the_largest_is_measured() -> None:
     whole = largest_pieces(labels)
     assert (whole != labels).any()
     probability = np.random.default_rng(1).random(labels.shape).astype(np.float32)
-    for a, b in zip(measure(labels, probability, (7, 9), 0.5), measure(whole, probability, (7, 9), 0.5), strict=True):
+    values = probability, probability[::-1]
+    for a, b in zip(measure(labels, *values, (7, 9), 0.5), measure(whole, *values, (7, 9), 0.5), strict=True):
         np.testing.assert_array_equal(a.mask, b.mask)
         assert a._replace(mask=b.mask) == b
 
@@ -40,13 +46,13 @@ def test_of_several_pieces_the_largest_is_measured() -> None:
 def test_small_nuclei_are_left_out() -> None:
     labels = np.array([[1, 1, 0, 3], [1, 1, 0, 3]], np.int32)
     for least, wanted in ((0.75, [1]), (0.5, [1, 3]), (1.01, [])):
-        assert [n.id for n in measure(labels, np.ones((2, 4), np.float32), (0, 0), 0.5, least)] == wanted
+        assert [n.id for n in measure_shapes(labels, (0, 0), 0.5, least)] == wanted
 
 
 def test_measurements_equal_regionprops() -> None:
     labels = largest_pieces(ellipses())
     probability = np.random.default_rng(1).random(labels.shape).astype(np.float32)
-    found = measure(labels, probability, (0, 0), 0.5)
+    found = measure(labels, probability, 2 * probability, (0, 0), 0.5)
     names = ("label", "area", "centroid", "axis_major_length", "axis_minor_length", "eccentricity", "mean_intensity")
     wanted = regionprops_table(labels, probability, properties=names)
     assert [n.id for n in found] == wanted["label"].tolist()
@@ -58,42 +64,40 @@ def test_measurements_equal_regionprops() -> None:
     np.testing.assert_allclose([n.minor_um for n in found], wanted["axis_minor_length"] * 0.5)
     np.testing.assert_allclose([n.eccentricity for n in found], wanted["eccentricity"], atol=1e-6)
     np.testing.assert_allclose([n.probability for n in found], wanted["mean_intensity"], rtol=1e-5)
+    np.testing.assert_allclose([n.haematoxylin for n in found], 2 * wanted["mean_intensity"], rtol=1e-5)
+    convex = regionprops_table(labels, properties=("solidity",))["solidity"]
+    np.testing.assert_allclose([n.solidity for n in found], convex, atol=0.15)  # skimage counts pixels in the hull
 
 
 def test_perimeter_of_a_circle() -> None:
     labels = np.zeros((120, 120), np.int32)
     y, x = np.mgrid[:120, :120] - 59.5
     labels[x**2 + y**2 <= 50**2] = 1
-    (nucleus,) = measure(labels, np.ones(labels.shape, np.float32), (0, 0), 0.25)
+    (nucleus,) = measure_shapes(labels, (0, 0), 0.25)
     # A polygon through pixel centres overstates a circle by some 5 %.
     assert nucleus.perimeter_um == pytest.approx(2 * np.pi * 50 * 0.25, rel=0.07)
 
 
 def test_origin_moves_every_coordinate_and_nothing_else() -> None:
     labels = ellipses(1)
-    probability = np.ones(labels.shape, np.float32)
-    for a, b in zip(measure(labels, probability, (0, 0), 1), measure(labels, probability, (1000, 70), 1), strict=True):
+    for a, b in zip(measure_shapes(labels, (0, 0), 1), measure_shapes(labels, (1000, 70), 1), strict=True):
         assert b.centroid_xy == (pytest.approx(a.centroid_xy[0] + 1000), pytest.approx(a.centroid_xy[1] + 70))
         assert b.first_yx == (a.first_yx[0] + 70, a.first_yx[1] + 1000)
-        np.testing.assert_array_equal(b.ring_xy(), a.ring_xy() + np.array([1000, 70]))
+        assert b.bbox_xywh == (a.bbox_xywh[0] + 1000, a.bbox_xywh[1] + 70, *a.bbox_xywh[2:])
+        assert b.solidity == a.solidity
         assert b.area_px == a.area_px
 
 
-def test_ring_encloses_exactly_the_nucleus() -> None:
-    labels, checked = ellipses(2), 0
-    for nucleus in measure(labels, np.ones(labels.shape, np.float32), (0, 0), 1):
-        ring = nucleus.ring_xy()
-        assert (ring[0] == ring[-1]).all()
-        mask = nucleus.mask.astype(np.uint8)
-        pieces = cv2.connectedComponents(mask, connectivity=4)[0] - 1
-        holes = len(cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]) > 1
-        if pieces != 1 or holes:
-            continue
-        assert shapely.Polygon(ring).area == nucleus.area_px
-        assert shapely.Polygon(ring).exterior.is_ccw
-        checked += 1
-    assert checked > 5
+def test_solidity_is_against_the_hull_of_the_pixels_squares() -> None:
+    labels = ellipses(2)
+    labels[:3, :9] = [[200, 0, 0, 201, 0, 0, 202, 202, 202], [0, 200, 0, 201, 0, 0, 202, 202, 202], [0] * 9]
+    labels = largest_pieces(labels)
+    for nucleus in measure_shapes(labels, (0, 0), 1):
+        y, x = np.nonzero(labels == nucleus.id)
+        squares = shapely.union_all(shapely.box(x, y, x + 1, y + 1))
+        assert nucleus.solidity == pytest.approx(nucleus.area_px / squares.convex_hull.area)
+        assert 0 < nucleus.solidity <= 1
 
 
 def test_nothing_in_an_empty_image() -> None:
-    assert measure(np.zeros((5, 5), np.int32), np.zeros((5, 5), np.float32), (0, 0), 0.25) == []
+    assert measure_shapes(np.zeros((5, 5), np.int32), (0, 0), 0.25) == []

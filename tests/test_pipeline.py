@@ -60,7 +60,7 @@ def test_a_mosaic_of_real_images_is_the_same_in_any_blocks(data_dir: Path, noise
     targets = make_targets(truth, CARD.output.channels, 2)
     maps = np.stack([(targets[0] - 0.5) * 12, targets[1]]).astype(np.float32)
     maps += np.random.default_rng(0).normal(0, noise, maps.shape).astype(np.float32) * [[[12.0]], [[1.0]]]
-    maps = maps.astype(np.float32)
+    maps = np.concatenate([maps, maps[:1]]).astype(np.float32)  # haematoxylin comes last, whatever it is
     grid = Grid.of((2048, 2048), 0.25, 0.25, 2)
 
     def run(block_px: int, rows: int, workers: int) -> NDArray[np.int32]:
@@ -81,7 +81,7 @@ def test_random_blobs_keep_together_at_any_scale() -> None:
         rough = rng.normal(size=(grid.map_wh[1], grid.map_wh[0])).astype(np.float32)
         smooth = cv2.GaussianBlur(rough, (0, 0), 4)
         smooth /= smooth.std()
-        maps = np.stack([smooth * 4 - 3, np.clip(smooth / 3, 0, 1)])
+        maps = np.stack([smooth * 4 - 3, np.clip(smooth / 3, 0, 1), smooth])
         large, small = (Frame(grid, CARD, mpp, px) for px in (1000, 256))
         whole = label_image(assemble(separate_bands(iter([maps]), large), large))
         parts = label_image(assemble(separate_bands(iter([maps[:, :50], maps[:, 50:]]), small), small))

@@ -35,7 +35,8 @@ def slides(tmp_path_factory: pytest.TempPathFactory, draw_discs: Any) -> Path:
 
 
 def command(slides: Path, model: Path, out: Path) -> list[str]:
-    options = ["--out", out, "--model", model, "--mpp", "0.25", "--device", "cpu", "--threads", "1"]
+    options = ["--out", out, "--model", model, "--mpp", "0.25", "--outputs", ",".join(OUTPUTS)]
+    options += ["--device", "cpu", "--threads", "1"]
     return [sys.executable, "-m", "nsam.runtime.cli", *map(str, [slides, *options])]
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import resource
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,10 +19,12 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
+from nsam.runtime import sinks, tiffs
+from nsam.runtime.canvas import Strip
 from nsam.runtime.errors import OutputError
 from nsam.runtime.measure import measure
-from nsam.runtime.pipeline import Strip
-from nsam.runtime.settings import DONE_NAME, OUTPUTS
+from nsam.runtime.outlines import simplified_rings
+from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
 from nsam.runtime.slides import ArraySlide
 from nsam.runtime.writers import write_results, write_text
 
@@ -43,19 +48,34 @@ def slide() -> ArraySlide:
 
 
 def strips_of(labels: NDArray[np.int32], cuts: tuple[int, ...] = (513, 1024)) -> Iterator[Strip]:
-    nuclei = measure(labels, np.full(labels.shape, 0.75, np.float32), (0, 0), MPP)
+    nuclei = measure(labels, *(np.full(labels.shape, v, np.float32) for v in (0.75, 0.5)), (0, 0), MPP)
     edges = (0, *cuts, len(labels))
     for y0, y1 in pairwise(edges):
         yield Strip(y0, labels[y0:y1], [n for n in nuclei if y0 <= n.first_yx[0] < y1])
 
 
-def write(labels: NDArray[np.int32], slide: ArraySlide, folder: Path, *outputs: str) -> int:
+def write(labels: NDArray[np.int32], slide: ArraySlide, folder: Path, *outputs: str) -> dict[str, Any]:
     return write_results(strips_of(labels), slide, MPP, folder, outputs or tuple(OUTPUTS))
 
 
 def test_all_files_and_nothing_else(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -> None:
-    assert write(labels, slide, tmp_path / "new" / "a") == 4
-    assert {path.name for path in (tmp_path / "new" / "a").iterdir()} == set(OUTPUTS.values())
+    assert write(labels, slide, tmp_path / "new" / "a")["nuclei"] == 4
+    assert {path.name for path in (tmp_path / "new" / "a").iterdir()} == {*OUTPUTS.values(), THUMBNAIL_NAME}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_any_output_alone(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path, output: str) -> None:
+    write(labels, slide, tmp_path, output)
+    assert {path.name for path in tmp_path.iterdir()} == {OUTPUTS[output], THUMBNAIL_NAME}
+
+
+def test_summary(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -> None:
+    areas = np.bincount(labels.ravel())[1:] * MPP**2
+    found = write(labels, slide, tmp_path, "csv")["area_um2"]
+    assert found["median"] == np.median(areas)
+    edges = [*np.arange(0, 250, found["bin"]), np.inf]  # the last bin is open: one nucleus is larger
+    assert areas.max() > 250
+    assert found["histogram"] == np.histogram(areas, edges)[0].tolist()
 
 
 def test_geojson(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -> None:
@@ -69,16 +89,44 @@ def test_geojson(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -
         assert feature["geometry"]["type"] == "Polygon"
         (ring,) = feature["geometry"]["coordinates"]
         assert ring[0] == ring[-1]
-        np.testing.assert_array_equal(ring, nucleus.ring_xy())
+        np.testing.assert_array_equal(ring, simplified_rings(nucleus)[0])
         properties = feature["properties"]
         assert properties["objectType"] == "detection"
         assert properties["classification"] == {"name": "Nucleus"}
         assert properties["measurements"]["Nucleus id"] == nucleus.id
         assert properties["measurements"]["Area µm^2"] == pytest.approx(nucleus.area_px * MPP**2)
+        assert properties["measurements"]["Haematoxylin OD mean"] == 0.5
+
+
+def test_gz_is_the_same_geojson(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -> None:
+    write(labels, slide, tmp_path, "geojson", "geojson.gz")
+    packed = (tmp_path / "nuclei.geojson.gz").read_bytes()
+    assert gzip.decompress(packed) == (tmp_path / "nuclei.geojson").read_bytes()
+    assert packed[4:8] == bytes(4)  # no time in it: a second run gives the same file
+
+
+def test_parquet_is_the_same_table(
+    labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(sinks, "_ROW_GROUP", 3)
+    write(labels, slide, tmp_path, "csv", "parquet")
+    with (tmp_path / "nuclei.csv").open(encoding="utf-8", newline="") as stream:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+    assert parquet.read_table(tmp_path / "nuclei.parquet").to_pylist() == rows
+    assert parquet.ParquetFile(tmp_path / "nuclei.parquet").num_row_groups == 2
+    write(np.zeros_like(labels), slide, tmp_path, "parquet")
+    assert parquet.read_table(tmp_path / "nuclei.parquet").shape == (0, len(rows[0]))
+
+
+def test_parquet_without_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(OutputError, match=r"`--outputs parquet`: needs pyarrow.*nsam\[parquet\]"):
+        sinks.check_parquet()
 
 
 def test_geojson_without_nuclei(slide: ArraySlide, tmp_path: Path) -> None:
-    assert write(np.zeros((HEIGHT, WIDTH), np.int32), slide, tmp_path, "geojson", "csv") == 0
+    assert write(np.zeros((HEIGHT, WIDTH), np.int32), slide, tmp_path, "geojson", "csv")["nuclei"] == 0
     data = json.loads((tmp_path / "nuclei.geojson").read_text())
     assert data == {"type": "FeatureCollection", "features": []}
     assert len((tmp_path / "nuclei.csv").read_text().splitlines()) == 1
@@ -86,8 +134,8 @@ def test_geojson_without_nuclei(slide: ArraySlide, tmp_path: Path) -> None:
 
 def test_results_are_the_same_in_every_run(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -> None:
     for folder in ("1", "2"):
-        write(labels, slide, tmp_path / folder, "geojson", "csv", "overlay")
-    for name in ("nuclei.geojson", "nuclei.csv", "overlay.jpg"):
+        write(labels, slide, tmp_path / folder)
+    for name in (*OUTPUTS.values(), THUMBNAIL_NAME):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
@@ -104,7 +152,8 @@ def test_csv(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -> No
     assert float(first["area_um2"]) == pytest.approx(len(x) * MPP**2, abs=1e-3)
     assert float(first["major_um"]) == pytest.approx(41 * MPP, rel=0.03)
     assert float(first["minor_um"]) == pytest.approx(19 * MPP, rel=0.03)
-    assert float(first["probability"]) == 0.75
+    assert float(first["solidity"]) == pytest.approx(0.95, abs=0.03)
+    assert (float(first["probability"]), float(first["haematoxylin_od"])) == (0.75, 0.5)
 
 
 @pytest.mark.parametrize("cuts", [(), (1,), (512, 1024), (100, 101, 700, 1099)])
@@ -120,6 +169,58 @@ def test_label_tiff_whatever_the_strips(
         assert (page.resolutionunit, page.resolution) == (3, (20000, 20000))  # px per cm
         assert not tif.is_bigtiff
         np.testing.assert_array_equal(tif.asarray(), labels)
+
+
+def test_a_large_label_tiff_is_a_bigtiff(
+    labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiffs, "_CLASSIC_BYTES", WIDTH * HEIGHT * 4 - 1)
+    write(labels, slide, tmp_path, "labels", "ometiff")
+    for name in ("labels.tif", "labels.ome.tif"):
+        with tifffile.TiffFile(tmp_path / name) as tif:
+            assert tif.is_bigtiff
+            np.testing.assert_array_equal(tif.asarray(), labels)
+
+
+@pytest.mark.parametrize("shape", [(1100, 700), (512, 512), (3, 2100), (2049, 5)])
+def test_ome_pyramid(tmp_path: Path, shape: tuple[int, int]) -> None:
+    labels = np.random.default_rng(0).integers(0, 9, shape, np.int32)
+    labels[0, 0] = 100_000  # more than 16 bits
+    slide = ArraySlide(np.zeros((*shape, 3), np.uint8), Path("a <b> & µ.svs"), MPP)
+    write_results([Strip(0, labels, [])], slide, MPP, tmp_path, ("ometiff",))
+    with tifffile.TiffFile(tmp_path / "labels.ome.tif") as tif:
+        (series,) = tif.series
+        assert (tif.is_ome, series.axes, series.dtype) == (True, "YX", np.int32)
+        assert max(series.levels[-1].shape) <= 512
+        for i, level in enumerate(series.levels):
+            np.testing.assert_array_equal(level.asarray(), labels[:: 4**i, :: 4**i])
+            assert level.keyframe.tile == (512, 512)
+            assert level.keyframe.compression == tifffile.COMPRESSION.ADOBE_DEFLATE
+            assert level.keyframe.resolution == (20000 / 4**i, 20000 / 4**i)
+        pixels = tifffile.xml2dict(tif.ome_metadata)["OME"]["Image"]["Pixels"]
+    for axis in "XY":
+        assert (pixels[f"PhysicalSize{axis}"], pixels[f"PhysicalSize{axis}Unit"]) == (MPP, "µm")
+
+
+def test_heat_map_shows_where_nuclei_are(tmp_path: Path) -> None:
+    """A crowd of 400 in a square of .2 mm at the upper left of 1 x .5 mm, and nothing elsewhere."""
+    labels = np.zeros((1000, 2000), np.int32)
+    y, x = np.mgrid[10:400:20, 10:400:20].reshape(2, -1)
+    for dy in range(8):
+        for dx in range(8):
+            labels[y + dy, x + dx] = np.arange(1, 401)
+    slide = ArraySlide(np.full((1000, 2000, 3), 240, np.uint8), Path("a"), MPP)
+    found = write(labels, slide, tmp_path, "heatmap")
+    assert found["peak_per_mm2"] == pytest.approx(400 / 0.2**2, rel=0.02)
+    picture = np.asarray(Image.open(tmp_path / "density.png").convert("RGB")).astype(int)
+    assert picture.shape[:2] == (600 + 60, 1200 + 150)
+    yellow, violet = (253, 231, 37), (68, 1, 84)  # the ends of viridis
+    assert np.abs(picture[60, 60] - yellow).max() < 12
+    assert np.abs(picture[500, 1000] - violet).max() < 12
+    thumbnail = np.asarray(Image.open(tmp_path / THUMBNAIL_NAME))
+    assert thumbnail.shape == (2 * 210 + 8, 420, 3)  # a wide slide's panels lie one below the other
+    assert np.ptp(thumbnail[:205].astype(int)) < 10
+    assert thumbnail[230, 20, 2] < 160 < thumbnail[400, 400, 2]
 
 
 def test_overlay_is_small_and_has_the_outlines(tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""What lies in a folder of results, read back; nothing in it is trusted to be whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nsam.runtime.settings import DONE_NAME
+
+
+@dataclass(frozen=True)
+class SlideResult:
+    """What `slide.json` says. Fields that only some runs have are None where they are missing."""
+
+    folder: Path
+    path: str
+    size_wh: tuple[int, int]
+    mpp: float
+    mpp_source: str
+    nuclei: int
+    area_mm2: float
+    peak_per_mm2: float
+    median_um2: float | None
+    bin_um2: float
+    histogram: list[int]
+    seconds: float
+    tiles: int | None
+    tiles_skipped: int | None
+    run_hash: str
+
+    @classmethod
+    def read(cls, folder: Path) -> SlideResult:
+        """A slide's results by its folder.
+
+        Raises:
+            OSError, ValueError: `slide.json` cannot be read, or is not as nsam writes it.
+        """
+        done = json.loads((folder / DONE_NAME).read_text(encoding="utf-8"))
+        try:
+            median = done["area_um2"]["median"]
+            width, height = map(int, done["size_wh_px"])
+            slide = cls(
+                folder=folder,
+                path=str(done["path"]),
+                size_wh=(width, height),
+                mpp=float(done["mpp"]),
+                mpp_source=str(done["mpp_source"]),
+                nuclei=int(done["nuclei"]),
+                area_mm2=float(done["area_mm2"]),
+                peak_per_mm2=float(done["peak_per_mm2"]),
+                median_um2=None if median is None else float(median),
+                bin_um2=float(done["area_um2"]["bin"]),
+                histogram=[int(count) for count in done["area_um2"]["histogram"]],
+                seconds=float(done["seconds"]),
+                tiles=int(done["tiles"]) if "tiles" in done else None,
+                tiles_skipped=int(done["tiles_skipped"]) if "tiles_skipped" in done else None,
+                run_hash=str(done["run_hash"]),
+            )
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        if not (slide.area_mm2 > 0 and slide.seconds >= 0 and slide.histogram):
+            raise ValueError("area, time or histogram is none")
+        return slide
+
+
+def read_failures(path: Path) -> list[tuple[str, str, str]]:
+    """Slide, stage and reason of each line of `failed.csv`; nothing where there is none."""
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            rows = [[row[name] or "" for name in ("slide", "stage", "reason")] for row in csv.DictReader(stream)]
+        return [(slide, stage, reason) for slide, stage, reason in rows]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        return [(path.name, "report", f"cannot be read ({error})")]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none that can be read."""
+    try:
+        return as_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def as_dict(value: object) -> dict[str, Any]:
+    """`value` if it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
