@@ -18,8 +18,9 @@ import click
 from nsam.runtime import engines
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import OutputError
-from nsam.runtime.inputs import find_slides, folder_names
-from nsam.runtime.job import Job, Outcome, to_json
+from nsam.runtime.inputs import Source, find_slides, folder_names
+from nsam.runtime.job import Job, to_json
+from nsam.runtime.outcome import Outcome
 from nsam.runtime.progress import Progress, progress
 from nsam.runtime.report import report_at_end
 from nsam.runtime.settings import Settings
@@ -39,7 +40,7 @@ def run(settings: Settings) -> int:
         NsamError: nothing was begun; inputs, output folder, model, device or cluster do not fit.
     """
     begin = time.monotonic()
-    paths = find_slides(settings.inputs)
+    sources = find_slides(settings.inputs, settings.mask_dir)
     if "parquet" in settings.outputs:
         check_parquet()
     _check_writable(settings.out)
@@ -48,29 +49,36 @@ def run(settings: Settings) -> int:
     failed_csv = settings.out / "failed.csv"
     failures: list[Outcome] = []
     done = skipped = nuclei = 0
-    with report_at_end(settings.out), _place(settings) as place, progress(len(paths)) as bar:
+    mm2 = 0.0
+    with report_at_end(settings.out), _place(settings) as place, progress(len(sources)) as bar:
         device = place.begin(job)
         bar.say(f"device: {device}")
         write_text(settings.out / "run.json", describe(settings, card, device, job.run_hash))
         with output_errors(failed_csv):
             failed_csv.unlink(missing_ok=True)
-        work = {path: settings.out / name for path, name in folder_names(paths).items()}
-        order = list(work)
+        names = folder_names([source.path for source in sources])
+        work = {source: settings.out / names[source.path] for source in sources}
         for outcome in place.outcomes(job, work, bar):
-            path = outcome.path
+            path = outcome.source.path
             if outcome.failure:
                 bar.say(f"failed: {outcome.failure[1]}", error=True)
-                failures = sorted([*failures, outcome], key=lambda failed: order.index(failed.path))
+                failures = sorted([*failures, outcome], key=lambda failed: sources.index(failed.source))
                 _write_failures(failed_csv, failures)
             elif outcome.nuclei is None:
                 skipped += 1
                 bar.say(f"{path}: done before, skipped")
             else:
-                done, nuclei = done + 1, nuclei + outcome.nuclei
-                bar.say(f"{path}: {outcome.nuclei} nuclei in {outcome.seconds:.1f} s")
+                done, nuclei, mm2 = done + 1, nuclei + outcome.nuclei, mm2 + outcome.mm2
+                bar.say(
+                    f"{path}: {outcome.nuclei} nuclei in {outcome.mm2:.3g} mm², {outcome.seconds:.1f} s "
+                    f"({outcome.mm2 / outcome.seconds:.2g} mm²/s)"
+                )
+                for remark in outcome.remarks:
+                    bar.say(f"{path}: {remark}")
+    seconds = time.monotonic() - begin
     click.echo(
         f"{done} slides done, {skipped} skipped, {len(failures)} failed; "
-        f"{nuclei} nuclei in {time.monotonic() - begin:.1f} s"
+        f"{nuclei} nuclei in {mm2:.3g} mm², {seconds:.1f} s ({mm2 / seconds:.2g} mm²/s)"
     )
     return len(failures)
 
@@ -85,7 +93,7 @@ class Place(Protocol):
             NsamError: it cannot.
         """
 
-    def outcomes(self, job: Job, work: dict[Path, Path], bar: Progress) -> Iterator[Outcome]:
+    def outcomes(self, job: Job, work: dict[Source, Path], bar: Progress) -> Iterator[Outcome]:
         """Work on each slide into its folder; outcomes as they come."""
 
 
@@ -96,11 +104,11 @@ class Here:
         """See `Place`."""
         return job.engine().device
 
-    def outcomes(self, job: Job, work: dict[Path, Path], bar: Progress) -> Iterator[Outcome]:
+    def outcomes(self, job: Job, work: dict[Source, Path], bar: Progress) -> Iterator[Outcome]:
         """See `Place`."""
-        for path, folder in work.items():
+        for source, folder in work.items():
             bar.begin(folder.name)
-            yield job.outcome(path, folder, bar.tiles)
+            yield job.outcome(source, folder, bar.tiles)
 
 
 @contextmanager
@@ -143,7 +151,7 @@ def _write_failures(path: Path, failures: list[Outcome]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("slide", "stage", "reason"))
-    writer.writerows((failed.path, *(failed.failure or ())) for failed in failures)
+    writer.writerows((failed.source.path, *(failed.failure or ())) for failed in failures)
     try:
         write_text(path, text.getvalue())
     except OutputError as error:  # a full disk, say; other slides may still be skipped or be told why they fail

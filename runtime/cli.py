@@ -16,6 +16,7 @@ _EXAMPLE = """\b
 Examples:
   nsam-infer slides/ --out results/
   nsam-infer a.svs b.ndpi --out results/ --device cuda --batch 16
+  nsam-infer slides.csv --out results/ --dry-run
   nsam-infer region.png --out results/ --mpp 0.25 --outputs geojson,csv
 
 \b
@@ -36,6 +37,14 @@ def _outputs(context: click.Context, option: click.Parameter, text: str) -> tupl
     return names
 
 
+def _roi(
+    context: click.Context, option: click.Parameter, box: tuple[int, int, int, int] | None
+) -> tuple[int, int, int, int] | None:
+    if box and (min(box[:2]) < 0 or min(box[2:]) < 1):
+        raise click.BadParameter("x and y must be 0 or more, width and height 1 or more")
+    return box
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXAMPLE)
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.option(
@@ -53,9 +62,30 @@ def _outputs(context: click.Context, option: click.Parameter, text: str) -> tupl
 )
 @click.option(
     "--mpp",
-    type=click.FloatRange(0.05, 4),
+    type=click.FloatRange(0.1, 2),
     help="Micrometres per pixel of every slide, whatever its metadata say; 0.25 for most 40x scans, "
     "0.5 for 20x.  [default: from the metadata]",
+)
+@click.option(
+    "--mask-dir",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="A mask for each slide, named as it is (a.svs: a.png, a.tif), of any resolution: nuclei are wanted where it "
+    "is not black.  [default: where tissue is found]",
+)
+@click.option(
+    "--tissue-mask/--no-tissue-mask",
+    default=Settings.tissue_mask,
+    show_default=True,
+    help="Skip glass and pen strokes, told by their colour.",
+)
+@click.option(
+    "--roi",
+    metavar="X Y W H",
+    type=int,
+    nargs=4,
+    callback=_roi,
+    help="Only this rectangle of every slide, full-resolution px.",
 )
 @click.option(
     "--device",
@@ -108,14 +138,16 @@ def _outputs(context: click.Context, option: click.Parameter, text: str) -> tupl
     metavar="ADDRESS",
     help="Let the workers of a Dask cluster do it: tcp://HOST:PORT, a scheduler file, or local:N for N processes here.",
 )
+@click.option("--dry-run", is_flag=True, help="Only tell each slide's scale, tiles, and likely time and disk.")
 @click.option("--overwrite", is_flag=True, help="Replace finished results of other settings.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of errors, and the log.")
 @click.version_option(package_name="nsam")
-def main(verbose: bool, **options: Any) -> None:
+def main(verbose: bool, dry_run: bool, **options: Any) -> None:
     """Segment cell nuclei in H&E slides.
 
-    INPUT is a slide, an image (PNG, JPEG, TIFF), a folder that is searched with all its subfolders, or a
-    pattern such as 'slides/*.svs'. A DICOM slide is named by one of its .dcm files.
+    INPUT is a slide, an image (PNG, JPEG, TIFF), a folder that is searched with all its subfolders, a pattern such as
+    'slides/*.svs', or a table (.csv with the column path and, as wanted, mpp and mask). A DICOM slide is named by one
+    of its .dcm files.
 
     Each slide gets nuclei.geojson (for QuPath), nuclei.csv (sizes in µm), labels.tif (int32, full
     resolution), overlay.jpg (to look at) and slide.json; report.html shows them all. Coordinates are pixels of the
@@ -127,10 +159,10 @@ def main(verbose: bool, **options: Any) -> None:
     else:
         # What tifffile logs of a damaged file is told by the error that follows.
         logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    from nsam.runtime.batch import run
+    from nsam.runtime import batch, plan
 
     try:
-        failures = run(Settings(**options))
+        failures = (plan.dry_run if dry_run else batch.run)(Settings(**options))
     except NsamError as error:
         logging.getLogger(__name__).debug("nothing was begun", exc_info=error)
         click.echo(f"Error: {error}", err=True)

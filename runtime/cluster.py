@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from nsam.runtime.errors import DeviceError, NsamError, first_line
-from nsam.runtime.job import Failed, Job, Outcome
+from nsam.runtime.inputs import Source
+from nsam.runtime.job import Job
+from nsam.runtime.outcome import Failed, Outcome
 from nsam.runtime.progress import Progress
 
 #: Bands of 2048 px that go to one worker at a time: some minutes on a CPU.
@@ -82,39 +84,39 @@ class Cluster:
         workers = len(self._client.scheduler_info(n_workers=-1)["workers"])
         return f"{workers} workers of {self._address}, dashboard {self._client.dashboard_link}"
 
-    def outcomes(self, job: Job, work: dict[Path, Path], bar: Progress) -> Iterator[Outcome]:
+    def outcomes(self, job: Job, work: dict[Source, Path], bar: Progress) -> Iterator[Outcome]:
         """See `batch.Place`."""
         if job.settings.threads is None:
             job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, threads=self._threads()))
-        regions_left: dict[Path, int] = {}
-        paths: dict[str, Path] = {}
-        told: set[Path] = set()
+        regions_left: dict[Source, int] = {}
+        sources: dict[str, Source] = {}
+        told: set[Source] = set()
         running = _dask()[1].as_completed()
 
-        def submit(kind: Any, path: Path, *arguments: Any) -> None:
-            future = self._client.submit(kind, job, path, *arguments, pure=False)
-            paths[future.key] = path
+        def submit(kind: Any, source: Source, *arguments: Any) -> None:
+            future = self._client.submit(kind, job, source, *arguments, pure=False)
+            sources[future.key] = source
             running.add(future)
 
-        for path, folder in work.items():
-            submit(begin_slide, path, folder)
+        for source, folder in work.items():
+            submit(begin_slide, source, folder)
         for future in running:
-            path = paths.pop(future.key)
-            folder = work[path]
+            source = sources.pop(future.key)
+            folder = work[source]
             try:
                 result = future.result()
             except Exception as error:  # Dask's own: a task that killed its workers, a lost connection
-                result = Outcome(path, failure=("cluster", _reason(error)))
+                result = Outcome(source, failure=("cluster", _reason(error)))
             if isinstance(result, int):  # a large slide: so many bands
-                regions_left[path] = -(-result // REGION_BANDS)
+                regions_left[source] = -(-result // REGION_BANDS)
                 for first in range(0, result, REGION_BANDS):
-                    submit(make_region, path, folder, first, min(first + REGION_BANDS, result))
+                    submit(make_region, source, folder, first, min(first + REGION_BANDS, result))
             elif result is None:  # a region is made
-                regions_left[path] -= 1
-                if regions_left[path] == 0:
-                    submit(finish_slide, path, folder)
-            elif path not in told:  # of a slide's regions more than one may fail
-                told.add(path)
+                regions_left[source] -= 1
+                if regions_left[source] == 0:
+                    submit(finish_slide, source, folder)
+            elif source not in told:  # of a slide's regions more than one may fail
+                told.add(source)
                 bar.begin(folder.name)
                 yield result
 
@@ -127,29 +129,30 @@ class Cluster:
         return max(1, available_cores() // len(self._local.workers))
 
 
-def begin_slide(job: Job, path: Path, folder: Path) -> Outcome | int:
+def begin_slide(job: Job, source: Source, folder: Path) -> Outcome | int:
     """On a worker: segment a small slide whole; of a large one only the number of its bands."""
     try:
-        bands = job.count_bands(path)
+        with job.opened(source) as (_, frame, _):
+            bands = len(frame.bands)
     except Failed as failure:
-        return Outcome(path, failure=(failure.stage, failure.reason))
-    return bands if bands > REGION_BANDS else finish_slide(job, path, folder)
+        return Outcome(source, failure=(failure.stage, failure.reason))
+    return bands if bands > REGION_BANDS else finish_slide(job, source, folder)
 
 
-def make_region(job: Job, path: Path, folder: Path, first: int, last: int) -> Outcome | None:
+def make_region(job: Job, source: Source, folder: Path, first: int, last: int) -> Outcome | None:
     """On a worker: make bands [first, last) and keep them beside the results; an outcome only if that failed."""
     with _turn:
         try:
-            job.make_bands(path, folder, first, last)
+            job.make_bands(source, folder, first, last)
         except Failed as failure:
-            return Outcome(path, failure=(failure.stage, failure.reason))
+            return Outcome(source, failure=(failure.stage, failure.reason))
     return None
 
 
-def finish_slide(job: Job, path: Path, folder: Path) -> Outcome:
+def finish_slide(job: Job, source: Source, folder: Path) -> Outcome:
     """On a worker: all that is left of a slide."""
     with _turn:
-        return job.outcome(path, folder)
+        return job.outcome(source, folder)
 
 
 def _dask() -> tuple[Any, Any]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nsam.runtime.card import ModelCard
+from nsam.runtime.region import Region
 from nsam.runtime.slides import Slide
-from nsam.runtime.tiles import Block, Grid, Tile, blocks, map_span, tile_rows
+from nsam.runtime.tiles import Block, Box, Grid, Tile, blocks, map_span, tile_rows
 
 #: Side of a block's write box, level-0 px: large against the halo, small against memory.
 BLOCK_PX = 2048
@@ -22,18 +23,23 @@ class Frame:
         grid: the slide's grids.
         card: the model's.
         mpp: µm per level-0 px.
+        region: where nuclei are wanted.
         block_px: side of a post-processing block; the result does not depend on it.
     """
 
     grid: Grid
     card: ModelCard
     mpp: float
+    region: Region
     block_px: int = BLOCK_PX
 
     @classmethod
-    def of(cls, slide: Slide, card: ModelCard, mpp: float, block_px: int = BLOCK_PX) -> Frame:
-        """The frame of an open slide."""
-        return cls(Grid.of(slide.size_wh, mpp, card.input.mpp, card.output.stride), card, mpp, block_px)
+    def of(
+        cls, slide: Slide, card: ModelCard, mpp: float, region: Region | None = None, block_px: int = BLOCK_PX
+    ) -> Frame:
+        """The frame of an open slide; without a region, of all of it."""
+        grid = Grid.of(slide.size_wh, mpp, card.input.mpp, card.output.stride)
+        return cls(grid, card, mpp, region or Region.whole(slide.size_wh), block_px)
 
     @cached_property
     def halo(self) -> int:
@@ -49,6 +55,21 @@ class Frame:
     def tiles(self) -> list[list[Tile]]:
         """Rows of the network's tiles, top to bottom."""
         return list(tile_rows(self.grid.input_wh, self.card.input.size, self.card.post.tile_halo_px))
+
+    def wanted(self, row: list[Tile]) -> list[Tile]:
+        """The tiles of a row that can change a nucleus in the region: the others are not worth a pass."""
+        (width, height), (full_w, full_h) = self.grid.input_wh, self.grid.level0_wh
+
+        def level0(box: Box) -> Box:
+            x0, x1 = box.x0 * full_w // width, -(-box.x1 * full_w // width)
+            return Box(x0, box.y0 * full_h // height, x1, -(-box.y1 * full_h // height))
+
+        return [tile for tile in row if self.region.meets(level0(tile.write).grown(self.halo))]
+
+    @cached_property
+    def tiles_wanted(self) -> int:
+        """How many of all tiles are worth a pass."""
+        return sum(len(self.wanted(row)) for row in self.tiles)
 
     def map_rows(self, band: int) -> tuple[int, int]:
         """Map rows [top, bottom) that a band needs."""

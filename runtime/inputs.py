@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import hashlib
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from nsam.runtime.errors import InputError
 from nsam.runtime.settings import DONE_NAME
-from nsam.runtime.slides import EXTENSIONS
+from nsam.runtime.slides import EXTENSIONS, MPP_RANGE
 
 #: Many `.dcm` make up one DICOM slide: found in a folder they would count once each, so one has to be named.
 _FOUND_IN_FOLDERS = tuple(extension for extension in EXTENSIONS if extension != ".dcm")
+_MASK_EXTENSIONS = (".png", ".tif", ".tiff")
 
 
-def find_slides(inputs: Sequence[str]) -> list[Path]:
-    """The slides that files, folders and glob patterns name.
+class Source(NamedTuple):
+    """A slide, and what the user says about it."""
+
+    path: Path
+    mpp: float | None = None  # µm per level-0 px
+    mask: Path | None = None  # an image of where nuclei are wanted; it may be missing
+
+
+def find_slides(inputs: Sequence[str], mask_dir: Path | None = None) -> list[Source]:
+    """The slides that files, folders, glob patterns and tables name.
 
     A folder gives every slide below it, whatever the case of the extension, except hidden ones, DICOM and the
-    results of earlier runs.
+    results of earlier runs. A table is a `.csv` with the columns `path`, and as wanted `mpp` and `mask`.
+
+    Args:
+        inputs: see above.
+        mask_dir: a folder with a mask for each slide that has none in a table, named as the slide.
 
     Returns:
         Each slide once, in natural order (`s2` before `s10`).
 
     Raises:
-        InputError: one of the inputs does not exist or gives no slide.
+        InputError: one of the inputs does not exist, gives no slide, or is a table that is wrong.
     """
-    found: dict[Path, Path] = {}
+    if mask_dir and not mask_dir.is_dir():
+        raise InputError(f"`--mask-dir {mask_dir}`: no such folder")
+    found: dict[Path, Source] = {}
     for text in inputs:
-        slides = list(_slides_of(text))
-        if not slides:
+        sources = (
+            list(_read_table(Path(text))) if text.lower().endswith(".csv") else list(map(Source, _slides_of(text)))
+        )
+        if not sources:
             raise InputError(f"`{text}`: no slide or image in it; supported: {', '.join(_FOUND_IN_FOLDERS)}")
-        for path in slides:
-            found.setdefault(path.resolve(), path)
-    return sorted(found.values(), key=_natural)
+        for source in sources:
+            if mask_dir and not source.mask:
+                source = source._replace(mask=_mask_in(mask_dir, source.path))
+            found.setdefault(source.path.resolve(), source)
+    return sorted(found.values(), key=lambda source: _natural(source.path))
 
 
 def folder_names(paths: Sequence[Path]) -> dict[Path, str]:
@@ -70,6 +92,37 @@ def _slides_of(text: str) -> Iterator[Path]:
                 yield match
     else:
         raise InputError(f"`{text}`: no such file or folder")
+
+
+def _read_table(path: Path) -> Iterator[Source]:
+    """Rows of a CSV; paths in it are relative to its own folder."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.DictReader(stream, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"`{path}`: the table cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    for line, row in enumerate(rows, 2):
+        if not row.get("path"):
+            raise InputError(
+                f"`{path}`, line {line}: no `path`; wanted are the columns path, mpp and mask, with a header"
+            )
+        mpp = None
+        if text := (row.get("mpp") or "").strip():
+            try:
+                mpp = float(text)
+            except ValueError:
+                mpp = math.nan
+            low, high = MPP_RANGE
+            if not low <= mpp <= high:
+                raise InputError(f"`{path}`, line {line}: `mpp` must be from {low:g} to {high:g} µm/px, is `{text}`")
+        mask = (row.get("mask") or "").strip()
+        yield Source(path.parent / row["path"].strip(), mpp, path.parent / mask if mask else None)
+
+
+def _mask_in(folder: Path, slide: Path) -> Path:
+    names = [folder / (slide.stem + extension) for extension in _MASK_EXTENSIONS]
+    # One that is missing is told when the slide's turn comes, and costs no other slide.
+    return next((path for path in names if path.is_file()), names[0])
 
 
 def _below(folder: Path) -> Iterator[Path]:

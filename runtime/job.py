@@ -12,52 +12,23 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from nsam.runtime import engines
 from nsam.runtime.bands import BandStore
 from nsam.runtime.card import ModelCard
-from nsam.runtime.errors import InputError, NsamError, OutputError
+from nsam.runtime.errors import InputError, OutputError
 from nsam.runtime.frame import Frame
+from nsam.runtime.inputs import Source
+from nsam.runtime.outcome import Failed, Outcome, at
 from nsam.runtime.pipeline import Progress, make_bands, segment_slide
+from nsam.runtime.region import Region
 from nsam.runtime.results import read_json
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, Settings
 from nsam.runtime.slides import Slide, open_slide
 from nsam.runtime.writers import write_results, write_text
 
 _log = logging.getLogger(__name__)
-
-
-class Outcome(NamedTuple):
-    """What became of a slide."""
-
-    path: Path
-    nuclei: int | None = None  # None: done before, or failed
-    seconds: float = 0.0
-    failure: tuple[str, str] | None = None  # stage and reason
-
-
-class Failed(Exception):
-    """A slide failed at a stage: open, mpp, read, infer or write."""
-
-    def __init__(self, stage: str, error: Exception) -> None:
-        # Reading and writing go on while the network runs; their errors say so themselves.
-        if stage == "infer" and isinstance(error, InputError):
-            stage = "read"
-        elif stage == "infer" and isinstance(error, OutputError):
-            stage = "write"
-        self.stage = stage
-        self.reason = str(error)
-        if not isinstance(error, NsamError):
-            self.reason = f"unexpected: {type(error).__name__}: {error} (run with -v for the traceback)"
-
-
-@contextmanager
-def at(stage: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise Failed(stage, error) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,26 +52,30 @@ class Job:
         s = self.settings
         return _engine(self.run_hash, s.model, s.device, s.threads, s.tta, s.precision)
 
-    def outcome(self, path: Path, folder: Path, on_progress: Progress = lambda done, total: None) -> Outcome:
+    def outcome(self, source: Source, folder: Path, on_progress: Progress = lambda done, total: None) -> Outcome:
         """Segment a slide and write its results; a failure is an outcome, too."""
         start = time.monotonic()
         try:
-            nuclei = self.segment(path, folder, on_progress)
+            done = self.segment(source, folder, on_progress)
         except Failed as failure:
-            _log.debug("%s", path, exc_info=failure.__cause__)
-            return Outcome(path, failure=(failure.stage, failure.reason))
-        return Outcome(path, nuclei, time.monotonic() - start)
+            _log.debug("%s", source.path, exc_info=failure.__cause__)
+            return Outcome(source, failure=(failure.stage, failure.reason))
+        if done is None:
+            return Outcome(source)
+        return Outcome(source, done["nuclei"], done["region_mm2"], time.monotonic() - start, _remarks(done))
 
-    def segment(self, path: Path, folder: Path, on_progress: Progress) -> int | None:
-        """Segment a slide and write its results; the number of nuclei, or None when that was done before.
+    def segment(self, source: Source, folder: Path, on_progress: Progress) -> dict[str, Any] | None:
+        """Segment a slide and write its results; what `slide.json` says, or None when that was done before.
 
         Raises:
             Failed: with stage and reason.
         """
         outputs = self.settings.outputs
+        path = str(source.path.resolve())
+        slide_hash = self._slide_hash(source)
         with at("write"):
             before = read_json(folder / DONE_NAME)  # empty if broken, for then nothing is finished
-            same = before.get("run_hash") == self.run_hash and before.get("path") == str(path.resolve())
+            same = before.get("run_hash") == slide_hash and before.get("path") == path
             if same and all((folder / OUTPUTS[name]).is_file() for name in outputs):
                 return None
             if before and not same and not self.settings.overwrite:
@@ -109,32 +84,37 @@ class Job:
                     f"({before.get('path')}); pass --overwrite, or another --out"
                 )
         start = time.monotonic()
-        with self._opened(path) as (slide, mpp, mpp_source):
-            store = self._store(path, folder, mpp)
+        with self.opened(source) as (slide, frame, mpp_source):
+            mpp, store = frame.mpp, self._store(source, folder, frame.mpp)
             with at("infer"):
                 strips = segment_slide(
                     slide,
                     self.engine(),
                     mpp,
+                    region=frame.region,
                     batch=self.settings.batch,
                     workers=self._workers(),
                     store=store,
                     on_progress=on_progress,
                 )
-                found = write_results(strips, slide, mpp, folder, outputs)
+                found = write_results(strips, slide, mpp, folder, outputs, frame.region)
         width, height = slide.size_wh
-        area_mm2 = width * height * mpp**2 / 1e6
+        region_mm2 = frame.region.area_px * mpp**2 / 1e6
+        tiles = sum(map(len, frame.tiles))
         done = {
-            "path": str(path.resolve()),
+            "path": path,
             "size_wh_px": [width, height],
             "mpp": mpp,
             "mpp_source": mpp_source,
             **found,
-            "area_mm2": area_mm2,  # of the whole image, glass included
-            "nuclei_per_mm2": found["nuclei"] / area_mm2,
+            "area_mm2": width * height * mpp**2 / 1e6,
+            "region_mm2": region_mm2,  # the part that was worked on: tissue, the mask or the rectangle
+            "nuclei_per_mm2": found["nuclei"] / region_mm2 if region_mm2 else 0.0,
+            "tiles": tiles,
+            "tiles_skipped": tiles - frame.tiles_wanted,
             "seconds": round(time.monotonic() - start, 3),
             "nsam": version("nsam"),
-            "run_hash": self.run_hash,
+            "run_hash": slide_hash,
         }
         with at("write"):
             if not same:  # what other settings left must not pass for a result of these
@@ -142,27 +122,16 @@ class Job:
                     (folder / OUTPUTS[name]).unlink(missing_ok=True)
             write_text(folder / DONE_NAME, to_json(done))
             store.clear()
-        nuclei: int = found["nuclei"]
-        return nuclei
+        return done
 
-    def count_bands(self, path: Path) -> int:
-        """Bands of a slide.
-
-        Raises:
-            Failed: it cannot be read.
-        """
-        with self._opened(path) as (slide, mpp, _):
-            return len(Frame.of(slide, engines.read_card(self.settings.model), mpp).bands)
-
-    def make_bands(self, path: Path, folder: Path, first: int, last: int) -> None:
+    def make_bands(self, source: Source, folder: Path, first: int, last: int) -> None:
         """Make those of the bands [first, last) that are not there yet, for `segment` to find.
 
         Raises:
             Failed: with stage and reason.
         """
-        with self._opened(path) as (slide, mpp, _), at("infer"):
-            engine, store = self.engine(), self._store(path, folder, mpp)
-            frame = Frame.of(slide, engine.card, mpp)
+        with self.opened(source) as (slide, frame, _), at("infer"):
+            engine, store = self.engine(), self._store(source, folder, frame.mpp)
             first = next((band for band in range(first, last) if not store.has(band)), last)
             if first < last:
                 made = make_bands(slide, engine, frame, first, last, batch=self.settings.batch, workers=self._workers())
@@ -170,17 +139,36 @@ class Job:
                     store.write(band, nuclei)
 
     @contextmanager
-    def _opened(self, path: Path) -> Iterator[tuple[Slide, float, str]]:
-        """The slide, its µm per px, and who says so."""
+    def opened(self, source: Source) -> Iterator[tuple[Slide, Frame, str]]:
+        """A slide, how it is cut, and who says its mpp.
+
+        Raises:
+            Failed: with stage and reason.
+        """
+        s = self.settings
         with at("open"):
-            slide = open_slide(path)
+            slide = open_slide(source.path)
         with slide:
             with at("mpp"):
-                mpp, source = _mpp(slide, self.settings.mpp)
-            yield slide, mpp, source
+                mpp, mpp_source = _mpp(slide, source.mpp, s.mpp)
+            with at("mask"):
+                region = Region.of(slide, mpp, mask=source.mask, tissue=s.tissue_mask, roi=s.roi)
+            yield slide, Frame.of(slide, engines.read_card(s.model), mpp, region), mpp_source
 
-    def _store(self, path: Path, folder: Path, mpp: float) -> BandStore:
-        return BandStore(folder, f"{self.run_hash} {path.resolve()} {path.stat().st_mtime_ns} {mpp}")
+    def _slide_hash(self, source: Source) -> str:
+        """A hash of all that changes a slide's results."""
+        if source.mpp is None and source.mask is None:
+            return self.run_hash
+        with at("mask"):
+            try:
+                mask = hashlib.sha256(source.mask.read_bytes()).hexdigest() if source.mask else None
+            except OSError as error:
+                raise InputError(f"`{source.mask}`: the mask cannot be read ({error.strerror})") from error
+        return _hash({"run": self.run_hash, "mpp": source.mpp, "mask": mask})
+
+    def _store(self, source: Source, folder: Path, mpp: float) -> BandStore:
+        path = source.path
+        return BandStore(folder, f"{self._slide_hash(source)} {path.resolve()} {path.stat().st_mtime_ns} {mpp}")
 
     def _workers(self) -> int:
         return self.settings.workers or max(1, engines.available_cores() // 2)
@@ -191,24 +179,41 @@ def _engine(run_hash: str, *arguments: Any) -> engines.Engine:
     return engines.load(*arguments)
 
 
-def _mpp(slide: Slide, asked: float | None) -> tuple[float, str]:
-    """µm per level-0 px, and who says so."""
-    if asked is not None:
-        return asked, "--mpp"
+def _mpp(slide: Slide, *asked: float | None) -> tuple[float, str]:
+    """µm per level-0 px, and who says so: the table, the command, or the slide."""
+    for mpp, name in zip(asked, ("the table", "--mpp"), strict=True):
+        if mpp is not None:
+            return mpp, name
     if slide.mpp is None:
         raise InputError(f"`{slide.path}`: {slide.mpp_source}; pass --mpp (µm per px; 0.25 for most 40x scans)")
     return slide.mpp, slide.mpp_source
 
 
+def _remarks(done: dict[str, Any]) -> tuple[str, ...]:
+    remarks = []
+    if done["mpp_source"].startswith("assumed"):
+        remarks.append(f"{done['mpp']:g} µm/px is {done['mpp_source']}; pass --mpp if that is wrong")
+    if done["cut_by_halo"]:
+        remarks.append(f"{done['cut_by_halo']} nuclei are larger than what a block reads, and may be cut")
+    return tuple(remarks)
+
+
 def run_hash_of(card: ModelCard, settings: Settings) -> str:
-    """A hash of all that changes the results."""
-    parts = {
-        "nsam": version("nsam"),
-        "model": card.files["model.onnx"].sha256,
-        "post": dataclasses.asdict(card.post),
-        "mpp": settings.mpp,
-        "tta": settings.tta,
-    }
+    """A hash of all in a run that changes the results."""
+    return _hash(
+        {
+            "nsam": version("nsam"),
+            "model": card.files["model.onnx"].sha256,
+            "post": dataclasses.asdict(card.post),
+            "mpp": settings.mpp,
+            "tta": settings.tta,
+            "tissue_mask": settings.tissue_mask,
+            "roi": settings.roi,
+        }
+    )
+
+
+def _hash(parts: dict[str, Any]) -> str:
     return hashlib.sha256(to_json(parts).encode()).hexdigest()[:16]
 
 

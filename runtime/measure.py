@@ -28,6 +28,7 @@ class Nucleus(NamedTuple):
     haematoxylin: float  # mean optical density over its pixels, see `stains.haematoxylin`
     probability: float  # mean of the network's nucleus probability over its pixels
     mask: NDArray[np.bool_]  # (h, w) of the bounding box
+    cut: bool = False  # larger than the halo of its block: a part of it may be missing
 
     def renumbered(self, new_id: int) -> Nucleus:
         """The same nucleus under another id."""

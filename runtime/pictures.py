@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from nsam.runtime.measure import Nucleus
+from nsam.runtime.region import Region
 from nsam.runtime.sinks import Add
 
 #: Longer side of the overview that the pictures are drawn on.
@@ -21,6 +22,7 @@ OVERVIEW_PX = 2048
 _THUMBNAIL_PX = 420
 _HEATMAP_PX = 1200
 _OUTLINE_RGB = (0, 200, 60)  # green stands out from both stains
+_REGION_RGB = (20, 90, 220)
 _FRACTION_BITS = 4  # OpenCV draws in 1/16 px
 _CELL_UM = 50.0  # side of a cell in which nuclei are counted
 _COLOURS = cv2.COLORMAP_VIRIDIS
@@ -108,20 +110,24 @@ def write_heatmap(path: Path, density: Density) -> None:
     _save(path, page, "PNG")
 
 
-def write_thumbnail(path: Path, overview: NDArray[np.uint8], density: Density) -> None:
+def write_thumbnail(path: Path, overview: NDArray[np.uint8], density: Density, region: Region | None = None) -> None:
     """A small JPEG for the report: the slide, and beside it the slide in grey under the density's colours.
 
     Args:
         path: to write.
         overview: (h, w, 3) uint8 RGB, the whole slide.
         density: of its nuclei; the colours go from 0 to its maximum.
+        region: where nuclei were wanted; its border is drawn on the slide.
     """
     image = Image.fromarray(overview)
     image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    plain = image.convert("L").convert("RGB")
+    if region:
+        image = Image.fromarray(_outlined(np.array(image), region))
     values = density.picture(image.size)
     top = float(density.per_mm2().max())
     weight = np.minimum(values / max(top, 1e-6) * 4, 0.75)[..., None]  # where nothing is, the slide shows
-    grey = np.asarray(image.convert("L").convert("RGB"))
+    grey = np.asarray(plain)
     mixed = np.rint(grey * (1 - weight) + _coloured(values, top) * weight).astype(np.uint8)
     wide = image.width > 1.6 * image.height
     offset = (0, image.height + 8) if wide else (image.width + 8, 0)
@@ -129,6 +135,18 @@ def write_thumbnail(path: Path, overview: NDArray[np.uint8], density: Density) -
     both.paste(image, (0, 0))
     both.paste(Image.fromarray(mixed), offset)
     _save(path, both, "JPEG", quality=70)
+
+
+def _outlined(image: NDArray[np.uint8], region: Region) -> NDArray[np.uint8]:
+    """The slide with a line around the region, unless that is all of it."""
+    height, width = image.shape[:2]
+    across, down = width / region.size_wh[0], height / region.size_wh[1]
+    inside = np.zeros((height, width), np.uint8)
+    rows = slice(round(region.box.y0 * down), round(region.box.y1 * down))
+    columns = slice(round(region.box.x0 * across), round(region.box.x1 * across))
+    inside[rows, columns] = cv2.resize(region.mask.view(np.uint8), (width, height))[rows, columns]
+    lines, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    return image if inside.all() else np.asarray(cv2.drawContours(image, lines, -1, _REGION_RGB, 1))
 
 
 def _coloured(values: NDArray[np.float32], top: float) -> NDArray[np.uint8]:

@@ -23,6 +23,7 @@ from nsam.runtime.frame import BLOCK_PX, Frame
 from nsam.runtime.level0 import carry, nearest
 from nsam.runtime.measure import Nucleus, measure
 from nsam.runtime.prefetch import prefetch
+from nsam.runtime.region import Region
 from nsam.runtime.slides import Slide, read_input
 from nsam.runtime.stains import haematoxylin
 from nsam.runtime.tiles import Block, Box, Tile, map_span
@@ -30,6 +31,7 @@ from nsam.runtime.watershed import separate
 
 #: Batches of tiles that are read ahead of the network, and rows of maps that it may be ahead of the separation.
 READ_AHEAD, MAPS_AHEAD = 2, 1
+_SURELY_NOT = -20.0  # logit
 
 Progress = Callable[[int, int], None]
 
@@ -40,6 +42,7 @@ def segment_slide(
     mpp: float,
     *,
     batch: int = 4,
+    region: Region | None = None,
     block_px: int = BLOCK_PX,
     workers: int = 1,
     store: BandStore | None = None,
@@ -52,6 +55,7 @@ def segment_slide(
         engine: the network.
         mpp: µm per level-0 px.
         batch: tiles a pass of the network.
+        region: where nuclei are wanted; tiles that cannot change one there are skipped. None: everywhere.
         block_px: side of a post-processing block; the result does not depend on it.
         workers: threads that separate nuclei while the network runs on; the result does not depend on them.
         store: keeps finished bands, and gives those of an earlier run.
@@ -63,7 +67,7 @@ def segment_slide(
     Raises:
         InputError: the slide could not be read.
     """
-    frame = Frame.of(slide, engine.card, mpp, block_px)
+    frame = Frame.of(slide, engine.card, mpp, region, block_px)
     made = _stored_or_made(slide, engine, frame, batch, workers, store, on_progress)
     yield from assemble(made, frame)
 
@@ -95,7 +99,7 @@ def make_bands(
     Maps at the upper and lower end are predicted for the neighbours, too: by the same tiles, so to the same values.
     """
     rows = range(*frame.tile_rows(first, last))
-    total, done = sum(len(frame.tiles[row]) for row in rows), 0
+    total, done = sum(len(frame.wanted(frame.tiles[row])) for row in rows), 0
 
     def count(tiles: int) -> None:
         nonlocal done
@@ -121,21 +125,26 @@ def map_rows(
     """
     stride = frame.card.output.stride
     chosen = frame.tiles if rows is None else [frame.tiles[row] for row in rows]
+    wanted = [frame.wanted(row) for row in chosen]
+    # What a skipped tile would have said: no nucleus.
+    nothing = np.array([_SURELY_NOT if kind == "logit" else 0 for kind in (*frame.card.output.kinds, "stain")])
 
     def batches() -> Iterator[tuple[list[Tile], NDArray[np.uint8], NDArray[np.float32]]]:
         # A batch ends with its row, so a tile's company, and with it the last bit of its maps, is always the same.
-        for row in chosen:
+        for row in wanted:
             for start in range(0, len(row), batch):
                 tiles = row[start : start + batch]
                 images = np.stack([read_input(slide, tile.read, frame.grid) for tile in tiles])
                 yield tiles, images, haematoxylin(images, stride)
 
     with closing(prefetch(batches(), READ_AHEAD)) as read:
-        for row in chosen:
+        for row, needed in zip(chosen, wanted, strict=True):
             top, bottom = frame.written(row)
-            maps = np.empty((len(frame.card.output.channels) + 1, bottom - top, frame.grid.map_wh[0]), np.float32)
+            maps = np.empty((nothing.size, bottom - top, frame.grid.map_wh[0]), np.float32)
+            if len(needed) < len(row):
+                maps[:] = nothing[:, None, None]
             filled = 0
-            while filled < len(row):
+            while filled < len(needed):
                 tiles, images, stains = next(read)
                 for tile, result, stain in zip(tiles, engine.run(images), stains, strict=True):
                     left, right = tile.write.x0 // stride, -(-tile.write.x1 // stride)
@@ -177,13 +186,16 @@ def block_nuclei(maps: NDArray[np.float32], top: int, block: Block, frame: Frame
         frame: the slide's.
     """
     grid, post = frame.grid, frame.card.post
+    if not frame.region.meets(block.write):
+        return []
     left, right = map_span(block.read.x0, block.read.x1, grid.map_per_level0[0], grid.map_wh[0])
     part = maps[:, :, left:right]
     basins = separate(part, frame.card.output, post, frame.mpp / grid.map_per_level0[0])
     labels, probability = carry(basins, part[0], post.nucleus_threshold, (left, top), block.read, grid)
     stain = nearest(part[-1], (left, top), block.read, grid)
     found = measure(labels, probability, stain, (block.read.x0, block.read.y0), frame.mpp, post.min_area_um2)
-    return [nucleus.renumbered(0) for nucleus in found if _owns(block.write, nucleus)]
+    owned = [nucleus for nucleus in found if _owns(block.write, nucleus) and frame.region.holds(*nucleus.centroid_xy)]
+    return [nucleus._replace(id=0, cut=_is_cut(nucleus, block.read, grid.level0_wh)) for nucleus in owned]
 
 
 def _stored_or_made(
@@ -217,6 +229,17 @@ def _stored_or_made(
 def _owns(write: Box, nucleus: Nucleus) -> bool:
     x, y = nucleus.centroid_xy
     return write.x0 <= x < write.x1 and write.y0 <= y < write.y1
+
+
+def _is_cut(nucleus: Nucleus, read: Box, size_wh: tuple[int, int]) -> bool:
+    """Whether it reaches the end of what its block has read, where the slide goes on."""
+    x, y, width, height = nucleus.bbox_xywh
+    return (
+        (x == read.x0 > 0)
+        or (y == read.y0 > 0)
+        or (x + width == read.x1 < size_wh[0])
+        or (y + height == read.y1 < size_wh[1])
+    )
 
 
 class _MapStrip:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from nsam.runtime.tiles import Box
 _NO_MPP = (None, "no mpp in its metadata")
 #: Resolutions beyond these (µm/px) are made for printers and screens, such as 72 dpi.
 _PLAUSIBLE_MPP = (0.05, 10.0)
+_MPP_AT_1X = 10.0  # .25 µm/px at 40x, .5 at 20x, whatever the maker
 _UM_PER_INCH, _UM_PER_CM = 25400.0, 10000.0
 _UM_PER_OME_UNIT = {"nm": 1e-3, "\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0, "mm": 1e3}
 #: Pieces of a slide kept decoded, 50 MB at 512 px: neighbouring tiles of the network share them.
@@ -42,8 +43,7 @@ class OpenSlideSlide(Slide):
         with _reading(path):
             self._slide = openslide.OpenSlide(path)
             self.level_whs = list(self._slide.level_dimensions)
-            x, y = (self._slide.properties.get(f"openslide.mpp-{axis}") for axis in "xy")
-            mpp = checked_mpp((float(x), float(y)), "its metadata") if x and y else _NO_MPP
+            mpp = _openslide_mpp(self._slide.properties)
         self.path = path
         self.mpp, self.mpp_source = mpp
         self._piece = lru_cache(_PIECES_KEPT)(self._read_piece)
@@ -202,6 +202,17 @@ def _load(path: Path, formats: tuple[str, ...]) -> tuple[NDArray[np.uint8], tupl
                 return to_rgb8(np.asarray(image.convert("RGB")), str(path)), dpi
         except Image.DecompressionBombError as error:
             raise InputError(f"`{path}`: too large for one piece in memory; save it as a tiled TIFF") from error
+
+
+def _openslide_mpp(properties: Mapping[str, str]) -> tuple[float | None, str]:
+    """mpp as the scanner says it, else what its objective's power makes likely."""
+    x, y, power = (properties.get(f"openslide.{name}") for name in ("mpp-x", "mpp-y", "objective-power"))
+    if x and y:
+        return checked_mpp((float(x), float(y)), "its metadata")
+    if power and float(power) > 0:
+        mpp = _MPP_AT_1X / float(power)
+        return checked_mpp((mpp, mpp), f"assumed from its objective's power of {float(power):g}")
+    return _NO_MPP
 
 
 def _tiff_mpp(tif: tifffile.TiffFile) -> tuple[float | None, str]:

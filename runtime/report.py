@@ -106,7 +106,7 @@ def write_report(out: Path) -> None:
 
 
 def _totals(slides: list[SlideResult], failed: int) -> str:
-    nuclei, area, seconds = (sum(getattr(s, name) for s in slides) for name in ("nuclei", "area_mm2", "seconds"))
+    nuclei, area, seconds = (sum(getattr(s, name) for s in slides) for name in ("nuclei", "region_mm2", "seconds"))
     figures = [
         (f"{len(slides):,}", "slides done"),
         (f"{failed:,}", "failed"),
@@ -122,12 +122,12 @@ def _overview(slides: list[SlideResult]) -> str:
     head = ("nuclei", "nuclei / mm²", "median area µm²", "mm²", "seconds", "mm² / s")
     rows = []
     for i, s in enumerate(slides):
-        texts = (f"{s.nuclei:,}", _density(s), _median(s), _number(s.area_mm2), f"{s.seconds:,.1f}", _rate(s))
+        texts = (f"{s.nuclei:,}", _density(s), _median(s), _number(s.region_mm2), f"{s.seconds:,.1f}", _rate(s))
         cells = "".join(f'<td class="n">{text}</td>' for text in texts)
         rows.append(f'<tr><td><a href="#s{i}">{escape(s.folder.name)}</a></td>{cells}</tr>')
     titles = "".join(f'<th class="n">{title}</th>' for title in head)
     return (
-        "<h2>Slides</h2><p><small>Densities are over the whole image, glass included.</small></p>"
+        "<h2>Slides</h2><p><small>Areas and densities are of the tissue, the mask or the rectangle.</small></p>"
         f'<div class="scroll"><table><tr><th>slide</th>{titles}</tr>{"".join(rows)}</table></div>'
     )
 
@@ -137,14 +137,14 @@ def _article(index: int, s: SlideResult, run_hash: object) -> str:
         "Nuclei": f"{s.nuclei:,}",
         "Per mm²": _density(s),
         "Median area": f"{_median(s)} µm²",
-        "Size": f"{s.size_wh[0]:,} x {s.size_wh[1]:,} px, {_number(s.area_mm2)} mm²",
+        "Size": f"{s.size_wh[0]:,} x {s.size_wh[1]:,} px",
+        "Worked on": f"{_number(s.region_mm2)} mm²",
         "Scale": f"{s.mpp:.4g} µm/px ({s.mpp_source})",
         "Time": f"{s.seconds:,.1f} s, {_rate(s)} mm²/s",
         "Source": s.path,
     }
-    if s.tiles_skipped is not None:
-        total = "" if s.tiles is None else f" of {s.tiles:,}"
-        facts["Skipped as glass"] = f"{s.tiles_skipped:,}{total} tiles"
+    if s.tiles_skipped:
+        facts["Skipped"] = f"{s.tiles_skipped:,} of {s.tiles:,} tiles, outside the blue line"
     if s.run_hash != run_hash:
         facts["Note"] = "made with other settings than those below"
     listed = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
@@ -217,11 +217,11 @@ def _median(s: SlideResult) -> str:
 
 
 def _density(s: SlideResult) -> str:
-    return _number(s.nuclei / s.area_mm2)
+    return _number(s.nuclei / s.region_mm2) if s.region_mm2 else "-"
 
 
 def _rate(s: SlideResult) -> str:
-    return _number(s.area_mm2 / s.seconds) if s.seconds else "-"
+    return _number(s.region_mm2 / s.seconds) if s.seconds else "-"
 
 
 def _number(value: float) -> str:

@@ -13,7 +13,7 @@ from nsam.runtime.settings import DONE_NAME
 
 @dataclass(frozen=True)
 class SlideResult:
-    """What `slide.json` says. Fields that only some runs have are None where they are missing."""
+    """What `slide.json` says."""
 
     folder: Path
     path: str
@@ -21,14 +21,14 @@ class SlideResult:
     mpp: float
     mpp_source: str
     nuclei: int
-    area_mm2: float
+    region_mm2: float  # the part of the slide that was worked on
     peak_per_mm2: float
     median_um2: float | None
     bin_um2: float
     histogram: list[int]
     seconds: float
-    tiles: int | None
-    tiles_skipped: int | None
+    tiles: int
+    tiles_skipped: int
     run_hash: str
 
     @classmethod
@@ -49,19 +49,19 @@ class SlideResult:
                 mpp=float(done["mpp"]),
                 mpp_source=str(done["mpp_source"]),
                 nuclei=int(done["nuclei"]),
-                area_mm2=float(done["area_mm2"]),
+                region_mm2=float(done["region_mm2"]),
                 peak_per_mm2=float(done["peak_per_mm2"]),
                 median_um2=None if median is None else float(median),
                 bin_um2=float(done["area_um2"]["bin"]),
                 histogram=[int(count) for count in done["area_um2"]["histogram"]],
                 seconds=float(done["seconds"]),
-                tiles=int(done["tiles"]) if "tiles" in done else None,
-                tiles_skipped=int(done["tiles_skipped"]) if "tiles_skipped" in done else None,
+                tiles=int(done["tiles"]),
+                tiles_skipped=int(done["tiles_skipped"]),
                 run_hash=str(done["run_hash"]),
             )
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
-        if not (slide.area_mm2 > 0 and slide.seconds >= 0 and slide.histogram):
+        if not (slide.region_mm2 >= 0 and slide.seconds >= 0 and slide.histogram):
             raise ValueError("area, time or histogram is none")
         return slide
 

@@ -36,6 +36,12 @@ class Settings:
     model: Path | None = None
     #: µm per px of every slide. Authoritative: metadata are often missing or wrong, and the user knows.
     mpp: float | None = None
+    #: A folder of masks that say where nuclei are wanted; a mask stands in place of the tissue mask.
+    mask_dir: Path | None = None
+    #: Look for tissue first: most of a slide is glass, and pen strokes have no nuclei.
+    tissue_mask: bool = True
+    #: x, y, width and height of the only rectangle wanted, level-0 px.
+    roi: tuple[int, int, int, int] | None = None
     #: `auto` runs everywhere and says what it took; a device that is asked for is had or is an error.
     device: Device = "auto"
     #: `auto` takes the fastest that the device runs and the model brings; each passed its parity gate.

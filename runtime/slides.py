@@ -20,6 +20,9 @@ TIFF_EXTENSIONS = (".tif", ".tiff")
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
 EXTENSIONS = (*VENDOR_EXTENSIONS, *TIFF_EXTENSIONS, *IMAGE_EXTENSIONS)
 
+#: µm per level-0 px that can be meant: from oil immersion to a loupe.
+MPP_RANGE = (0.1, 2.0)
+
 #: Level px that one step of `read_overview` may read, along one axis; 4096² RGB are 50 MB.
 _OVERVIEW_STEP_PX = 4096
 
@@ -123,8 +126,9 @@ def checked_mpp(xy: tuple[float, float], source: str) -> tuple[float | None, str
     x, y = xy
     if abs(x - y) > 0.02 * min(x, y):
         return None, f"its mpp differs between x ({x:.4g}) and y ({y:.4g}) in {source}"
-    if not 0.1 <= x <= 2:
-        return None, f"its mpp of {x:.4g} in {source} is not in .1 to 2"
+    low, high = MPP_RANGE
+    if not low <= x <= high:
+        return None, f"its mpp of {x:.4g} in {source} is not from {low:g} to {high:g}"
     return (x + y) / 2, source
 
 
@@ -149,7 +153,7 @@ def read_input(slide: Slide, box: Box, grid: Grid) -> NDArray[np.uint8]:
     columns = _mirrored(box.x0, box.x1, grid.input_wh[0])
     rows = _mirrored(box.y0, box.y1, grid.input_wh[1])
     inside = Box(int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
-    pixels = _resized(slide, _level_for(slide, grid), inside, grid.input_wh)
+    pixels = _resized(slide, level_for(slide, grid), inside, grid.input_wh)
     return pixels if inside == box else pixels[rows - inside.y0][:, columns - inside.x0]
 
 
@@ -165,7 +169,7 @@ def read_overview(slide: Slide, longest_px: int) -> NDArray[np.uint8]:
     shrink = min(1.0, longest_px / max(width, height))
     grid = Grid((width, height), (max(1, round(width * shrink)), max(1, round(height * shrink))), stride=1)
     small_w, small_h = grid.input_wh
-    level_wh = slide.level_whs[_level_for(slide, grid)]
+    level_wh = slide.level_whs[level_for(slide, grid)]
     step = max(1, int(_OVERVIEW_STEP_PX * small_w / level_wh[0]))
     overview = np.empty((small_h, small_w, 3), np.uint8)
     for y in range(0, small_h, step):
@@ -175,7 +179,7 @@ def read_overview(slide: Slide, longest_px: int) -> NDArray[np.uint8]:
     return overview
 
 
-def _level_for(slide: Slide, grid: Grid) -> int:
+def level_for(slide: Slide, grid: Grid) -> int:
     """The coarsest level that is as fine as the input grid, 1 % apart."""
     scale = min(full / small for full, small in zip(grid.level0_wh, grid.input_wh, strict=True))
     return max((i for i, down in enumerate(slide.level_downsamples) if down <= scale * 1.01), default=0)

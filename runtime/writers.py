@@ -16,6 +16,7 @@ from nsam.runtime.canvas import Strip
 from nsam.runtime.errors import OutputError
 from nsam.runtime.outlines import simplified_rings
 from nsam.runtime.pictures import OVERVIEW_PX, Density, overlay_sink, write_heatmap, write_thumbnail
+from nsam.runtime.region import Region
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
 from nsam.runtime.sinks import Add, csv_sink, geojson_sink, parquet_sink
 from nsam.runtime.slides import Slide, read_overview
@@ -26,7 +27,12 @@ _BIN_UM2, _BINS = 5, 50  # of the histogram; the last bin holds all larger ones,
 
 
 def write_results(
-    strips: Iterable[Strip], slide: Slide, mpp: float, folder: Path, outputs: Sequence[str]
+    strips: Iterable[Strip],
+    slide: Slide,
+    mpp: float,
+    folder: Path,
+    outputs: Sequence[str],
+    region: Region | None = None,
 ) -> dict[str, Any]:
     """Write a slide's results while its strips come in, and move them into place at the end.
 
@@ -39,10 +45,11 @@ def write_results(
         mpp: µm per level-0 px.
         folder: made if need be.
         outputs: keys of `settings.OUTPUTS`; a thumbnail comes with them.
+        region: where nuclei were wanted, for the thumbnail; None: everywhere.
 
     Returns:
         `nuclei`, their number; `peak_per_mm2`, the highest density on a grid of 50 µm; `area_um2`: median (None
-        without nuclei) and histogram of their areas.
+        without nuclei) and histogram of their areas; `cut_by_halo`: nuclei larger than a block's halo.
 
     Raises:
         OutputError: disk full, no permission and the like.
@@ -51,9 +58,10 @@ def write_results(
     parts = {name: _part(folder / OUTPUTS[name]) for name in outputs}
     labels = _part(folder / OUTPUTS["labels"])
     size_wh, name = slide.size_wh, slide.path.name
-    areas, density = array("d"), Density(size_wh, mpp)
+    areas, density, cut = array("d"), Density(size_wh, mpp), 0
 
     def feed(adds: Sequence[Add]) -> Iterator[Strip]:
+        nonlocal cut
         for strip in strips:
             for nucleus in strip.nuclei:
                 rings = simplified_rings(nucleus) if outlined else []
@@ -61,6 +69,7 @@ def write_results(
                     add(nucleus, rings)
                 density.add(nucleus)
                 areas.append(nucleus.area_um2)
+                cut += nucleus.cut
             yield strip
 
     outlined = not _OUTLINED.isdisjoint(outputs)
@@ -89,12 +98,12 @@ def write_results(
             write_pyramid(parts["ometiff"], labels, mpp, name)
         if "heatmap" in parts:
             write_heatmap(parts["heatmap"], density)
-        write_thumbnail(thumbnail, overview, density)
+        write_thumbnail(thumbnail, overview, density, region)
         (folder / DONE_NAME).unlink(missing_ok=True)
         for output, part in parts.items():
             os.replace(part, folder / OUTPUTS[output])
         os.replace(thumbnail, folder / THUMBNAIL_NAME)
-    return _summary(np.frombuffer(areas), density)
+    return {**_summary(np.frombuffer(areas), density), "cut_by_halo": cut}
 
 
 def _summary(areas: NDArray[np.float64], density: Density) -> dict[str, Any]:

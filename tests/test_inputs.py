@@ -18,7 +18,7 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def found(folder: Path, *inputs: str) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in find_slides([str(folder / i) for i in inputs])]
+    return [source.path.relative_to(folder).as_posix() for source in find_slides([str(folder / i) for i in inputs])]
 
 
 def test_folder_in_natural_order_whatever_the_case(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from nsam.runtime.canvas import Strip
 from nsam.runtime.card import ModelCard
 from nsam.runtime.frame import Frame
 from nsam.runtime.pipeline import assemble, make_bands, segment_slide, separate_bands
+from nsam.runtime.region import Region
 from nsam.runtime.slides import ArraySlide
 from nsam.runtime.tiles import Grid
 from nsam.train.data import find_samples, read_sample
@@ -65,7 +66,7 @@ def test_a_mosaic_of_real_images_is_the_same_in_any_blocks(data_dir: Path, noise
 
     def run(block_px: int, rows: int, workers: int) -> NDArray[np.int32]:
         parts = (maps[:, y : y + rows] for y in range(0, maps.shape[1], rows))
-        frame = Frame(grid, CARD, 0.25, block_px)
+        frame = Frame(grid, CARD, 0.25, Region.whole((2048, 2048)), block_px)
         return label_image(assemble(separate_bands(parts, frame, workers=workers), frame))
 
     whole = run(4096, 1024, 1)
@@ -82,7 +83,7 @@ def test_random_blobs_keep_together_at_any_scale() -> None:
         smooth = cv2.GaussianBlur(rough, (0, 0), 4)
         smooth /= smooth.std()
         maps = np.stack([smooth * 4 - 3, np.clip(smooth / 3, 0, 1), smooth])
-        large, small = (Frame(grid, CARD, mpp, px) for px in (1000, 256))
+        large, small = (Frame(grid, CARD, mpp, Region.whole(grid.level0_wh), px) for px in (1000, 256))
         whole = label_image(assemble(separate_bands(iter([maps]), large), large))
         parts = label_image(assemble(separate_bands(iter([maps[:, :50], maps[:, 50:]]), small), small))
         assert whole.max() > 10
@@ -121,7 +122,7 @@ def test_bands_are_kept_and_any_part_of_them_can_be_made(tiny_model: Path, draw_
     rng = np.random.default_rng(1)
     centres = [tuple(xy) for xy in rng.uniform(0, 380, (150, 2))]
     slide = ArraySlide(draw_discs((390, 380), centres, 7), Path("discs.png"))
-    frame = Frame.of(slide, engine.card, 0.25, 128)
+    frame = Frame.of(slide, engine.card, 0.25, block_px=128)
     whole = list(segment_slide(slide, engine, 0.25, block_px=128))
     assert len(frame.bands) == len(whole) == 3
 

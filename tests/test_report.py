@@ -60,8 +60,10 @@ def add_slide(out: Path, name: str, **changes: Any) -> None:
         "nuclei": 150_000,
         "peak_per_mm2": 9100.0,
         "area_um2": {"median": 31.4, "bin": 5, "histogram": [0, 10, 5] + [0] * 47},
-        "area_mm2": 75.0,
+        "region_mm2": 75.0,
         "nuclei_per_mm2": 2000.0,
+        "tiles": 90,
+        "tiles_skipped": 0,
         "seconds": 50.0,
         "run_hash": "abc",
         **changes,
@@ -98,10 +100,10 @@ def test_slides_and_totals(out: Path) -> None:
         "nsam-he 0.2.0 on cuda (ONNX Runtime); started 2026-01-01",
         "2 slides done 0 failed 200,000 nuclei 150 mm² 1,333 nuclei per mm² 1.5 mm² per second",
         "s1 150,000 2,000 31.4 75 50.0 1.5",
-        "40,000 x 30,000 px, 75 mm²",
+        "Size 40,000 x 30,000 px Worked on 75 mm²",
         "0.25 µm/px (its metadata)",
         "violet 0, yellow 9,100",
-        "Skipped as glass 120 of 400 tiles",
+        "Skipped 120 of 400 tiles, outside the blue line",
         "inputs 0.svs, 1.svs",
         "… (30 in all)",
     ):
@@ -150,7 +152,13 @@ def test_a_broken_slide_costs_itself_only(out: Path, content: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"seconds": None}, {"area_mm2": 0}, {"nuclei": float("nan")}, {"size_wh_px": [1]}, {"area_um2": {"median": None}}],
+    [
+        {"seconds": None},
+        {"region_mm2": -1},
+        {"nuclei": float("nan")},
+        {"size_wh_px": [1]},
+        {"area_um2": {"median": None}},
+    ],
 )
 def test_wrong_fields_are_told(out: Path, change: dict[str, Any]) -> None:
     add_slide(out, "wrong", **change)

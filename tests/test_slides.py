@@ -187,8 +187,8 @@ def test_mpp_from_metadata(tmp_path: Path, write: Callable[[Path], Path], mpp: f
             tiff_with(resolution=(40000, 20000), resolutionunit="CENTIMETER"),
             r"differs between x \(0.25\) and y",
         ),
-        (tiff_with(resolution=(2000, 2000), resolutionunit="CENTIMETER"), "not in .1 to 2"),
-        (ome_with(PhysicalSizeX=0.01, PhysicalSizeY=0.01), "not in .1 to 2"),
+        (tiff_with(resolution=(2000, 2000), resolutionunit="CENTIMETER"), "not from 0.1 to 2"),
+        (ome_with(PhysicalSizeX=0.01, PhysicalSizeY=0.01), "not from 0.1 to 2"),
         (ome_with(PhysicalSizeX=1, PhysicalSizeXUnit="pixel", PhysicalSizeY=1), "no mpp"),
     ],
 )

@@ -1,0 +1,80 @@
+"""`--dry-run`: what a run would do, and about what it would cost."""
+
+from __future__ import annotations
+
+import time
+
+import click
+import numpy as np
+
+from nsam.runtime import engines
+from nsam.runtime.engines import Engine
+from nsam.runtime.inputs import find_slides
+from nsam.runtime.job import Job
+from nsam.runtime.outcome import Failed
+from nsam.runtime.settings import Settings
+from nsam.runtime.slides import level_for
+
+_TRIAL_SECONDS = 2.0
+#: Bytes of the default outputs, measured on slides at .25 and .5 µm/px: GeoJSON and CSV of a nucleus, labels of a px.
+_BYTES_PER_NUCLEUS, _BYTES_PER_PX = 1100, 0.06
+_NUCLEI_PER_MM2 = 3000  # of H&E; lymphocytes reach three times as many
+
+
+def dry_run(settings: Settings) -> int:
+    """Tell of each slide its scale, level, tiles, and the time and disk that it will take; nothing is written.
+
+    Returns:
+        How many slides cannot be done.
+
+    Raises:
+        NsamError: no run could begin; inputs, model or device do not fit.
+    """
+    sources = find_slides(settings.inputs, settings.mask_dir)
+    job = Job.of(settings, engines.read_card(settings.model))
+    engine = job.engine()
+    rate = tiles_per_second(engine, settings.batch)
+    click.echo(f"device: {engine.device}, {rate:.2g} tiles/s")
+    tiles = failed = 0
+    disk = 0.0
+    for source in sources:
+        try:
+            with job.opened(source) as (slide, frame, mpp_source):
+                wanted, area_px = frame.tiles_wanted, frame.region.area_px
+                width, height = slide.size_wh
+                level = level_for(slide, frame.grid)
+        except Failed as failure:
+            failed += 1
+            click.echo(f"{source.path}: would fail ({failure.stage}): {failure.reason}", err=True)
+            continue
+        total = sum(map(len, frame.tiles))
+        nuclei = area_px * frame.mpp**2 / 1e6 * _NUCLEI_PER_MM2
+        size = nuclei * _BYTES_PER_NUCLEUS + width * height * _BYTES_PER_PX
+        tiles, disk = tiles + wanted, disk + size
+        click.echo(
+            f"{source.path}: {width} x {height} px, {frame.mpp:.4g} µm/px ({mpp_source}), level {level}, "
+            f"{wanted} of {total} tiles, about {_duration(wanted / rate)} and {size / 1e6:.0f} MB"
+        )
+    click.echo(
+        f"{len(sources) - failed} slides, {failed} would fail; {tiles} tiles, "
+        f"about {_duration(tiles / rate)} and {disk / 1e6:.0f} MB"
+    )
+    return failed
+
+
+def tiles_per_second(engine: Engine, batch: int) -> float:
+    """The network's rate, by a trial of two seconds."""
+    images = np.full((batch, engine.card.input.size, engine.card.input.size, 3), 200, np.uint8)
+    engine.run(images)  # the first pass allocates
+    begin = time.perf_counter()
+    tiles = 0
+    while time.perf_counter() - begin < _TRIAL_SECONDS:
+        engine.run(images)
+        tiles += batch
+    return tiles / (time.perf_counter() - begin)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,130 @@
+"""Which part of a slide is worked on: tissue, a mask of the user's, a rectangle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from nsam.runtime.errors import InputError
+from nsam.runtime.slides import Slide, read_overview
+from nsam.runtime.tiles import Box
+from nsam.runtime.tissue import RESOLUTION_UM, find_tissue
+
+_MASK_PX = 8192  # the tissue mask's longest side: 200 MB while it is made
+_SMALLEST_UM = 100.0  # somebody has cut out an image this small: there is no glass in it
+_SAME_SHAPE = 0.02  # relative difference of aspect ratios
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nuclei are wanted where the mask is True and inside the rectangle.
+
+    Attributes:
+        mask: (h, w) bool, stretched over the whole slide; of any resolution.
+        box: level-0 px.
+        size_wh: the slide's, level-0 px.
+    """
+
+    mask: NDArray[np.bool_]
+    box: Box
+    size_wh: tuple[int, int]
+
+    @classmethod
+    def whole(cls, size_wh: tuple[int, int]) -> Region:
+        """All of a slide."""
+        return cls(np.ones((1, 1), bool), Box(0, 0, *size_wh), size_wh)
+
+    @classmethod
+    def of(
+        cls,
+        slide: Slide,
+        mpp: float,
+        *,
+        mask: Path | None = None,
+        tissue: bool = True,
+        roi: tuple[int, int, int, int] | None = None,
+    ) -> Region:
+        """The region of an open slide.
+
+        Args:
+            slide: see there.
+            mpp: its µm per level-0 px.
+            mask: an image, not black where nuclei are wanted; in place of the tissue mask.
+            tissue: whether to look for tissue.
+            roi: x, y, width and height of a rectangle, level-0 px.
+
+        Raises:
+            InputError: slide or mask cannot be read, the mask has another shape, or the rectangle lies outside.
+        """
+        width, height = slide.size_wh
+        box = Box(0, 0, width, height)
+        if roi:
+            x, y, w, h = roi
+            box = Box(x, y, x + w, y + h).clipped(width, height)
+            if box.width <= 0 or box.height <= 0:
+                raise InputError(
+                    f"`{slide.path}`: --roi {x} {y} {w} {h} lies outside the slide of {width} x {height} px"
+                )
+        if mask:
+            return cls(read_mask(mask, slide.size_wh), box, slide.size_wh)
+        longest = max(width, height)
+        if not tissue or longest * mpp < _SMALLEST_UM:
+            return cls(np.ones((1, 1), bool), box, slide.size_wh)
+        overview = read_overview(slide, min(_MASK_PX, max(1, round(longest * mpp / RESOLUTION_UM))))
+        return cls(find_tissue(overview, longest * mpp / max(overview.shape[:2])), box, slide.size_wh)
+
+    def meets(self, box: Box) -> bool:
+        """Whether a nucleus is wanted anywhere in a box (level-0 px)."""
+        x0, x1 = max(box.x0, self.box.x0), min(box.x1, self.box.x1)
+        y0, y1 = max(box.y0, self.box.y0), min(box.y1, self.box.y1)
+        if x0 >= x1 or y0 >= y1:
+            return False
+        (height, width), (full_w, full_h) = self.mask.shape, self.size_wh
+        rows = slice(y0 * height // full_h, -(-y1 * height // full_h))
+        columns = slice(x0 * width // full_w, -(-x1 * width // full_w))
+        return bool(self.mask[rows, columns].any())
+
+    def holds(self, x: float, y: float) -> bool:
+        """Whether the nucleus with this centroid (level-0 px) is wanted."""
+        if not (self.box.x0 <= x < self.box.x1 and self.box.y0 <= y < self.box.y1):
+            return False
+        (height, width), (full_w, full_h) = self.mask.shape, self.size_wh
+        return bool(self.mask[int(y * height / full_h), int(x * width / full_w)])
+
+    @property
+    def area_px(self) -> float:
+        """Its area in level-0 px."""
+        (height, width), (full_w, full_h) = self.mask.shape, self.size_wh
+        rows = _overlaps(height, full_h, self.box.y0, self.box.y1)
+        columns = _overlaps(width, full_w, self.box.x0, self.box.x1)
+        return float(rows @ self.mask @ columns)
+
+
+def read_mask(path: Path, size_wh: tuple[int, int]) -> NDArray[np.bool_]:
+    """A mask that the user drew: (h, w) bool, False where every colour is 0.
+
+    Raises:
+        InputError: it cannot be read, or its shape is not the slide's.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB") if image.mode in ("P", "RGBA", "CMYK") else image)
+    except Exception as error:  # codecs raise what they like
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"`{path}`: the mask cannot be read ({detail})") from error
+    mask = np.asarray(pixels if pixels.ndim == 2 else pixels.max(axis=2)) > 0
+    (height, width), (full_w, full_h) = mask.shape, size_wh
+    # A px more or less, as rounding at low resolution gives it, is no other shape.
+    if abs(width * full_h / full_w - height) > max(1.5, _SAME_SHAPE * height):
+        raise InputError(f"`{path}`: a mask of {width} x {height} px does not fit a slide of {full_w} x {full_h}")
+    return mask
+
+
+def _overlaps(count: int, length: int, start: int, end: int) -> NDArray[np.float64]:
+    """Level-0 px of each of `count` mask px that lie in [start, end)."""
+    borders = np.clip(np.arange(count + 1) * length / count, start, end)
+    return np.diff(borders)
