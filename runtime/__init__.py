@@ -4,14 +4,17 @@
 
     labels = segment(image, mpp=0.25)  # (H, W, 3) uint8 RGB -> (H, W) int32, 0 = background
 
-Whole slides, in memory that grows with their width only:
+Whole slides, in memory that grows with their width only, and without any file:
 
-    from nsam.runtime import load, open_slide, segment_slide
+    from pathlib import Path
+    from nsam.runtime import Region, load, open_slide, segment_slide
 
     engine = load(device="auto")
     with open_slide(Path("a.svs")) as slide:
-        for strip in segment_slide(slide, engine, mpp=slide.mpp):
-            ...  # strip.labels, strip.nuclei
+        mpp = slide.mpp or 0.25  # µm/px; None where the metadata do not say
+        for strip in segment_slide(slide, engine, mpp, region=Region.of(slide, mpp)):  # region: where tissue is
+            for nucleus in strip.nuclei:  # in the order of their first pixels
+                print(nucleus.id, nucleus.centroid_xy, nucleus.area_um2, nucleus.mask.shape)
 """
 
 from __future__ import annotations
@@ -26,11 +29,12 @@ if TYPE_CHECKING:
 
     from nsam.runtime.engines import Engine, load
     from nsam.runtime.pipeline import segment_slide
+    from nsam.runtime.region import Region
     from nsam.runtime.slides import open_slide
 
-__all__ = ["load", "open_slide", "segment", "segment_slide"]
+__all__ = ["Region", "load", "open_slide", "segment", "segment_slide"]
 
-_HOMES = {"load": "engines", "open_slide": "slides", "segment_slide": "pipeline"}
+_HOMES = {"Region": "region", "load": "engines", "open_slide": "slides", "segment_slide": "pipeline"}
 
 
 def __getattr__(name: str) -> Any:
@@ -43,7 +47,7 @@ def __getattr__(name: str) -> Any:
 
 
 def segment(image: NDArray[np.uint8], mpp: float | None = None, model: Path | None = None) -> NDArray[np.int32]:
-    """Segment the nuclei of an image in memory, on the same path as `nsam-infer`.
+    """Segment the nuclei of an image in memory, on the same path as `nsam-infer --no-tissue-mask`.
 
     Args:
         image: (H, W, 3) uint8 RGB.

@@ -129,6 +129,8 @@ def open_tiff(path: Path) -> Slide:
             raise InputError(f"`{path}`: the file is cut off, pixels are missing; copy it again")
         mpp = _tiff_mpp(tif)
         if all(page.is_tiled and page.dtype == np.uint8 and page.axes == "YXS" and _is_rgb(page) for page in pages):
+            if any(len(page.databytecounts) != math.prod(page.chunked) for page in pages):
+                raise InputError(f"`{path}`: its size and its number of tiles disagree; the file is damaged")
             stack.pop_all()  # the slide closes the file
             return TiffSlide(path, tif, pages, mpp)
         return ArraySlide(_whole_page(path, pages[0]), path, *mpp)
