@@ -112,10 +112,11 @@ def _build_in(
         store_weights_fp16(graphs[fp32], stored)
         chain.prove(fp32, "stored as fp16", load_graph(stored), rewrites_only=False)
         shipped["model.onnx"] = ("fp32", stored)
+    proven = ["fp32"]
     if "fp16" in settings.precisions:
+        proven.append("fp16")
         graphs["fp16"], details["fp16"] = make_fp16(graphs[fp32], scratch, chain, fp32, load_graph)
         shipped["model.fp16.onnx"] = ("fp16", graphs["fp16"])
-    proven = ["fp32", *(name for name in ("fp16",) if name in graphs)]
     if "bf16" in settings.precisions and prove_bf16(
         chain, fp32, lambda: load_graph(graphs[fp32], "openvino", "bf16"), say
     ):

@@ -11,14 +11,7 @@ import click
 
 from nsam.export.settings import PRECISIONS, Settings
 from nsam.runtime.errors import NsamError
-
-
-def _precisions(context: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    for name in names:
-        if name not in PRECISIONS:
-            raise click.BadParameter(f"`{name}` is none of {', '.join(PRECISIONS)}")
-    return names
+from nsam.runtime.options import NameList
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -35,7 +28,7 @@ def _precisions(context: click.Context, option: click.Parameter, text: str) -> t
     "--precisions",
     metavar="LIST",
     default=",".join(PRECISIONS),
-    callback=_precisions,
+    type=NameList(PRECISIONS),
     help="What to prove and make, separated by commas. fp32 always is; int8 only if it is exact enough and faster "
     "here; bf16 needs OpenVINO and a CPU that has it.",
 )

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import click
 
 from nsam.runtime.errors import NsamError
+from nsam.runtime.options import NameList
 from nsam.runtime.settings import OUTPUTS, Device, Precision, Settings
 
 _EXAMPLE = """\b
@@ -27,14 +28,6 @@ Exit codes:
        or the output folder cannot be had
   130  interrupted; finished slides are kept, and skipped by the next run
 """
-
-
-def _outputs(context: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    unknown = [name for name in names if name not in OUTPUTS]
-    if unknown:
-        raise click.BadParameter(f"`{unknown[0]}` is none of {', '.join(OUTPUTS)}")
-    return names
 
 
 def _roi(
@@ -128,9 +121,9 @@ def _roi(
 @click.option(
     "--outputs",
     metavar="LIST",
+    type=NameList(OUTPUTS),
     default=",".join(Settings.outputs),
     show_default=True,
-    callback=_outputs,
     help=f"What to write, separated by commas; of {', '.join(OUTPUTS)}. `parquet` needs nsam[parquet].",
 )
 @click.option(
