@@ -191,8 +191,8 @@ def _whole_page(path: Path, page: Any) -> NDArray[np.uint8]:
 def _load(path: Path, formats: tuple[str, ...]) -> tuple[NDArray[np.uint8], tuple[float, float] | None]:
     """An image by Pillow: (H, W, 3) uint8 RGB, and its dots per inch if it says."""
     with _reading(path), warnings.catch_warnings():
-        # A warning from 89 Mpx on; the error at twice that is reported.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # From 89 Mpx on it warns, and of damage that costs no pixel; errors are reported.
+        warnings.simplefilter("ignore")
         try:
             with Image.open(path, formats=formats) as image:
                 dpi = image.info.get("dpi")
