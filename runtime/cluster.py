@@ -8,6 +8,7 @@ results are the same to the byte, and a worker that dies loses its present task 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Iterator
 from importlib import import_module
@@ -41,6 +42,8 @@ class Cluster:
         self._address = address
         self._client: Any = None
         self._local: Any = None
+        #: Of a task: where workers say that they have GPUs (`dask worker --resources GPU=1`), one of them.
+        self._resources: dict[str, int] = {}
 
     def __enter__(self) -> Cluster:
         return self
@@ -60,6 +63,8 @@ class Cluster:
             dask, distributed = _dask()
         except ImportError as error:
             raise DeviceError("`--cluster`: Dask is not installed; pip install 'nsam[cluster]'") from error
+        if not logging.getLogger("nsam").isEnabledFor(logging.DEBUG):
+            logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters comes back as an outcome
         dask.config.set(
             {"distributed.scheduler.allowed-failures": TRIES - 1, "distributed.logging.distributed": "error"}
         )
@@ -81,8 +86,10 @@ class Cluster:
                 f"`--cluster {self._address}`: cannot be reached ({error}); give the scheduler's tcp://HOST:PORT, its "
                 "file, or local:N"
             ) from error
-        workers = len(self._client.scheduler_info(n_workers=-1)["workers"])
-        return f"{workers} workers of {self._address}, dashboard {self._client.dashboard_link}"
+        workers = self._client.scheduler_info(n_workers=-1)["workers"]
+        if any("GPU" in worker["resources"] for worker in workers.values()):
+            self._resources = {"GPU": 1}
+        return f"{len(workers)} workers of {self._address}, dashboard {self._client.dashboard_link}"
 
     def outcomes(self, job: Job, work: dict[Source, Path], bar: Progress) -> Iterator[Outcome]:
         """See `batch.Place`."""
@@ -94,7 +101,7 @@ class Cluster:
         running = _dask()[1].as_completed()
 
         def submit(kind: Any, source: Source, *arguments: Any) -> None:
-            future = self._client.submit(kind, job, source, *arguments, pure=False)
+            future = self._client.submit(kind, job, source, *arguments, pure=False, resources=self._resources)
             sources[future.key] = source
             running.add(future)
 

@@ -77,7 +77,9 @@ class Dask:
             client.wait_for_workers(len(self.workers), timeout=60)
 
     def add_worker(self) -> subprocess.Popen[bytes]:
-        return self._start("distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", "--no-dashboard")
+        # Resources are labels to Dask: a task that asks for a GPU must find the worker that says it has one.
+        options = ("--no-dashboard", "--resources", "GPU=1")
+        return self._start("distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", *options)
 
     def _start(self, module: str, *options: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", module, "--scheduler-file", str(self.file), *options]
