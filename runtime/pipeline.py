@@ -21,6 +21,7 @@ from nsam.runtime.canvas import Canvas, Strip
 from nsam.runtime.engines import Engine
 from nsam.runtime.frame import BLOCK_PX, Frame
 from nsam.runtime.level0 import carry, nearest
+from nsam.runtime.mapstrip import MapStrip
 from nsam.runtime.measure import Nucleus, measure
 from nsam.runtime.prefetch import prefetch
 from nsam.runtime.region import Region
@@ -162,7 +163,7 @@ def separate_bands(
     """Separate and measure the nuclei of bands [first, last) in maps that arrive as from `map_rows`."""
     last = len(frame.bands) if last is None else last
     start = frame.written(frame.tiles[frame.tile_rows(first, last)[0]])[0]
-    strip = _MapStrip(rows, start)
+    strip = MapStrip(rows, start)
     waiting: deque[list[Future[list[Nucleus]]]] = deque()
     with ThreadPoolExecutor(workers, "nsam-separate") as pool:
         for band in range(first, last):
@@ -240,24 +241,3 @@ def _is_cut(nucleus: Nucleus, read: Box, size_wh: tuple[int, int]) -> bool:
         or (x + width == read.x1 < size_wh[0])
         or (y + height == read.y1 < size_wh[1])
     )
-
-
-class _MapStrip:
-    """A window over rows of maps that arrive top to bottom, from map row `top` on."""
-
-    def __init__(self, rows: Iterator[NDArray[np.float32]], top: int) -> None:
-        self._source = rows
-        self._top = top
-        self._maps: NDArray[np.float32] | None = None
-
-    def rows(self, top: int, bottom: int) -> NDArray[np.float32]:
-        """Map rows [top, bottom); rows above `top` are forgotten."""
-        parts = [] if self._maps is None else [self._maps[:, max(0, top - self._top) :]]
-        first = max(top, self._top) if parts else self._top
-        end = first + (parts[0].shape[1] if parts else 0)
-        while end < bottom:
-            parts.append(next(self._source))
-            end += parts[-1].shape[1]
-        self._maps = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-        self._top = first
-        return self._maps[:, top - first : bottom - first]

@@ -102,6 +102,18 @@ def test_the_network_s_tiles_meet_without_seam(tiny_model: Path, draw_discs: Any
     assert a.max() == sum(1 for x, y in centres)
 
 
+def test_nuclei_larger_than_the_halo_are_counted(tiny_model: Path, draw_discs: Any) -> None:
+    from nsam.runtime.engines import load
+
+    engine = load(tiny_model, device="cpu", threads=1)
+    image = draw_discs((700, 600), [(300, 300)], 250) & draw_discs((700, 600), [(640, 40), (640, 560)], 20)
+    slide = ArraySlide(image, Path("discs.png"))
+    for block_px, least, most in ((200, 1, 9), (4096, 0, 0)):
+        nuclei = [n for strip in segment_slide(slide, engine, 0.25, block_px=block_px) for n in strip.nuclei]
+        assert least <= sum(n.cut for n in nuclei) <= most
+        assert [n.cut for n in nuclei if n.area_px < 3000] == [False, False]
+
+
 def test_progress_ends_at_the_total(tiny_model: Path, draw_discs: Any) -> None:
     from nsam.runtime.engines import load
 
