@@ -29,23 +29,26 @@ _TRIAL_TILES = 48
 @click.argument("tissue", type=click.Path(path_type=Path, exists=True))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--side", type=click.IntRange(1), default=60_000, show_default=True, help="Of the slide, px.")
+@click.option("--height", type=click.IntRange(1), help="Of the slide, px: memory follows the width. [default: SIDE]")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--child", is_flag=True, hidden=True)
-def main(tissue: Path, folder: Path, side: int, device: str, child: bool) -> None:
+def main(tissue: Path, folder: Path, side: int, height: int | None, device: str, child: bool) -> None:
     """Make a pyramid of TISSUE (a slide of .5 µm/px, twice as large, mirrored again and again) in FOLDER; segment it.
 
     `alone` is the network on as many tiles, by its rate before and after the run with nothing beside it.
     """
-    slide = folder / f"mosaic-{side}.tif"
+    height = height or side
+    slide = folder / f"mosaic-{side}-{height}.tif"
     if child:
         click.echo(json.dumps(run(slide, folder / "out", device)))
         return
     folder.mkdir(parents=True, exist_ok=True)
     if not slide.exists():
         click.echo(f"writing {slide}")
-        write_mosaic(tissue, slide, side)
+        write_mosaic(tissue, slide, side, height)
     shutil.rmtree(folder / "out", ignore_errors=True)
-    command = [sys.executable, __file__, str(tissue), str(folder), "--side", str(side), "--device", device, "--child"]
+    sizes = ["--side", str(side), "--height", str(height)]
+    command = [sys.executable, __file__, str(tissue), str(folder), *sizes, "--device", device, "--child"]
     child_run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     figures = json.loads(child_run.stdout.splitlines()[-1])
     for name, value in figures.items():
@@ -120,7 +123,7 @@ def seconds_per_tile(engine: Any) -> float:
     return (time.perf_counter() - begin) / _TRIAL_TILES
 
 
-def write_mosaic(tissue: Path, path: Path, side: int) -> None:
+def write_mosaic(tissue: Path, path: Path, width: int, height: int) -> None:
     """A tiled pyramid, JPEG, levels 1, 4 and 16."""
     from nsam.runtime.slides import open_slide
 
@@ -130,9 +133,9 @@ def write_mosaic(tissue: Path, path: Path, side: int) -> None:
     with tifffile.TiffWriter(path, bigtiff=True) as tif:
         for level, shrink in enumerate((1, 4, 16)):
             small = cv2.resize(image, None, fx=1 / shrink, fy=1 / shrink, interpolation=cv2.INTER_AREA)
-            shape = (-(-side // shrink), -(-side // shrink), 3)
+            shape = (-(-height // shrink), -(-width // shrink), 3)
             tif.write(
-                tiles_of(small, shape[0]),
+                tiles_of(small, shape[1], shape[0]),
                 shape=shape,
                 dtype=np.uint8,
                 tile=(_TILE_PX, _TILE_PX),
@@ -147,15 +150,15 @@ def write_mosaic(tissue: Path, path: Path, side: int) -> None:
             )
 
 
-def tiles_of(image: NDArray[np.uint8], side: int) -> Iterator[NDArray[np.uint8]]:
+def tiles_of(image: NDArray[np.uint8], width: int, height: int) -> Iterator[NDArray[np.uint8]]:
     """Tiles of the mosaic, row by row: the image, mirrored at each of its sides."""
 
     def indices(start: int, length: int) -> NDArray[np.intp]:
         index = np.arange(start, start + _TILE_PX) % (2 * length)
         return np.minimum(index, 2 * length - 1 - index)
 
-    for y in range(0, side, _TILE_PX):
-        for x in range(0, side, _TILE_PX):
+    for y in range(0, height, _TILE_PX):
+        for x in range(0, width, _TILE_PX):
             yield image[indices(y, image.shape[0])][:, indices(x, image.shape[1])]
 
 

@@ -21,8 +21,8 @@ from nsam.runtime.job import Job
 from nsam.runtime.outcome import Failed, Outcome
 from nsam.runtime.progress import Progress
 
-#: Bands of 2048 px that go to one worker at a time: some minutes on a CPU.
-REGION_BANDS = 4
+#: Bands of 1024 px that go to one worker at a time: some minutes on a CPU.
+REGION_BANDS = 8
 #: Workers that may die over a task before it is given up, where the scheduler is ours.
 TRIES = 3
 CONNECT_SECONDS = 30
