@@ -11,7 +11,7 @@ import click
 
 from nsam.export.settings import PRECISIONS, Settings
 from nsam.runtime.errors import NsamError
-from nsam.runtime.options import NameList
+from nsam.runtime.options import names_of
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -28,7 +28,7 @@ from nsam.runtime.options import NameList
     "--precisions",
     metavar="LIST",
     default=",".join(PRECISIONS),
-    type=NameList(PRECISIONS),
+    callback=names_of(PRECISIONS),
     help="What to prove and make, separated by commas. fp32 always is; int8 only if it is exact enough and faster "
     "here; bf16 needs OpenVINO and a CPU that has it.",
 )

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import click
 
 from nsam.runtime.errors import NsamError
-from nsam.runtime.options import NameList
+from nsam.runtime.options import names_of
 from nsam.runtime.settings import OUTPUTS, Device, Precision, Settings
 
 _EXAMPLE = """\b
@@ -121,7 +121,7 @@ def _roi(
 @click.option(
     "--outputs",
     metavar="LIST",
-    type=NameList(OUTPUTS),
+    callback=names_of(OUTPUTS),
     default=",".join(Settings.outputs),
     show_default=True,
     help=f"What to write, separated by commas; of {', '.join(OUTPUTS)}. `parquet` needs nsam[parquet].",

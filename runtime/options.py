@@ -1,27 +1,21 @@
-"""Kinds of command-line values that click does not have."""
+"""Command-line values that click has no type for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import click
 
 
-class NameList(click.ParamType):
-    """Names separated by commas, each out of a given list: `a, b` -> ("a", "b")."""
+def names_of(allowed: Iterable[str]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
+    """A callback for names separated by commas, each out of a list: `a, b` -> ("a", "b"); twice counts once."""
+    known = tuple(allowed)
 
-    name = "list"
-
-    def __init__(self, allowed: Iterable[str]) -> None:
-        self._allowed = tuple(allowed)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """See the class; a name twice counts once."""
-        if isinstance(value, tuple):  # converted before
-            return value
-        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+    def read(context: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
         for name in names:
-            if name not in self._allowed:
-                self.fail(f"`{name}` is none of {', '.join(self._allowed)}", param, ctx)
+            if name not in known:
+                raise click.BadParameter(f"`{name}` is none of {', '.join(known)}")
         return names
+
+    return read

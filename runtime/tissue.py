@@ -49,8 +49,9 @@ def _pen(overview: NDArray[np.uint8], white: float, um_per_px: float) -> NDArray
     black = density.min(axis=2) > 0.9
     ink = (cold | warm | black).astype(np.uint8)
     # Beyond the edge there is no ink, or a spot there would pass for a stroke.
-    beyond = {"borderType": cv2.BORDER_CONSTANT, "borderValue": 0}
-    stroke = cv2.morphologyEx(ink, cv2.MORPH_OPEN, _disc(PEN_UM / 2 / um_per_px), **beyond)
+    stroke = cv2.morphologyEx(
+        ink, cv2.MORPH_OPEN, _disc(PEN_UM / 2 / um_per_px), borderType=cv2.BORDER_CONSTANT, borderValue=0
+    )
     # A stroke's rim is paler than the stroke.
     return np.asarray(cv2.dilate(stroke, _disc(PEN_UM / 4 / um_per_px)), np.uint8)
 
