@@ -67,10 +67,10 @@ def main(
         if "error" in row:
             print(f"| {name} | not run: {row['error']} |")
             continue
-        whole = row.get("whole_s", row["network_s"] + row["post_s"])
-        network = f"{row['network_s']:.2f}" if "network_s" in row else "-"
+        whole = row["whole_s"] if "whole_s" in row else row["network_s"] + row.get("post_s", 0)
+        network, post = (f"{row[key]:.2f}" if key in row else "-" for key in ("network_s", "post_s"))
         print(
-            f"| {name} | {network} | {row.get('post_s', whole):.2f} | {whole / area:.1f} | {row['peak_mb']:.0f} "
+            f"| {name} | {network} | {post} | {whole / area:.1f} | {row['peak_mb']:.0f} "
             f"| {row['install_mb']:.0f} | {row['weights']} |"
         )
     if json_path:
