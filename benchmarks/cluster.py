@@ -36,15 +36,14 @@ def main(slides: Path, mpp: float, device: str, tiny: int) -> None:
 
 def run(slides: Path, options: list[str], cores: int | None = None) -> float:
     """Seconds of a run of nsam-infer on so many cores (None: all), its start and the cluster's included."""
-    mine = os.sched_getaffinity(0)
+
+    def pin() -> None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+
     with tempfile.TemporaryDirectory() as out:
         begin = time.perf_counter()
         command = [sys.executable, "-m", "nsam.runtime.cli", str(slides), "--out", out, *options]
-        os.sched_setaffinity(0, sorted(mine)[:cores])  # processes inherit it
-        try:
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        finally:
-            os.sched_setaffinity(0, mine)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, preexec_fn=pin)
         return time.perf_counter() - begin
 
 

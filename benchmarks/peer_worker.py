@@ -79,7 +79,7 @@ def stardist(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) ->
 
 
 def instanseg(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -> dict[str, Any]:
-    """InstanSeg's brightfield nucleus model, at its own scale of .5 µm/px."""
+    """InstanSeg's brightfield nucleus model, at its own scale of .5 µm/px; without weights its network alone."""
     import torch
     from instanseg import InstanSeg
 

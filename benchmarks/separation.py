@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -15,7 +15,7 @@ from flooding import flooded
 from numpy.typing import NDArray
 
 from nsam.runtime.card import ModelCard
-from nsam.runtime.engines import load
+from nsam.runtime.engines import Engine, load
 from nsam.runtime.frame import BLOCK_PX, Frame
 from nsam.runtime.level0 import carry, nearest
 from nsam.runtime.measure import Nucleus, measure
@@ -32,19 +32,47 @@ SHOWN = ("dice", "aji", "pq")
 
 @dataclass(frozen=True)
 class Case:
-    """An image's maps, and what is true of it."""
+    """An image's maps, what is true of it, and the steps from one to nuclei as the pipeline does them."""
 
     maps: NDArray[np.float32]
     grid: Grid
     mpp: float
     truth: NDArray[np.int32]
+    card: ModelCard
+
+    @classmethod
+    def of(cls, image: NDArray[np.uint8], truth: NDArray[np.int32], mpp: float, engine: Engine) -> Case:
+        """Run the network on an image."""
+        slide = ArraySlide(image, Path("image"))
+        frame = Frame.of(slide, engine.card, mpp)
+        maps = np.concatenate(list(map_rows(slide, engine, frame, batch=1)), axis=1)
+        return cls(maps, frame.grid, mpp, truth, engine.card)
 
     def repeated(self, times: int) -> Case:
         """The image beside and below itself, as a block of a slide is larger than most labelled images."""
         width, height = self.grid.map_wh
         stride, level0 = self.grid.stride, self.grid.level0_wh
         grid = Grid((level0[0] * times, level0[1] * times), (width * times * stride, height * times * stride), stride)
-        return Case(np.tile(self.maps, (1, times, times)), grid, self.mpp, np.tile(self.truth, (times, times)))
+        return replace(
+            self, maps=np.tile(self.maps, (1, times, times)), grid=grid, truth=np.tile(self.truth, (times, times))
+        )
+
+    def basins(self) -> NDArray[np.int32]:
+        """Nuclei at the maps' resolution."""
+        return separate(self.maps, self.card.output, self.card.post, self.mpp / self.grid.map_per_level0[0])
+
+    def carried(self, basins: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Labels and probability at level 0."""
+        return carry(basins, self.maps[0], self.card.post.nucleus_threshold, (0, 0), self._box, self.grid)
+
+    def measured(self, labels: NDArray[np.int32], probability: NDArray[np.float32]) -> list[Nucleus]:
+        """The nuclei."""
+        stain = nearest(self.maps[-1], (0, 0), self._box, self.grid)
+        return measure(labels, probability, stain, (0, 0), self.mpp, self.card.post.min_area_um2)
+
+    @property
+    def _box(self) -> Box:
+        return Box(0, 0, *self.grid.level0_wh)
 
 
 @click.command(context_settings={"show_default": True})
@@ -71,18 +99,15 @@ def main(
     scores: dict[str, list[Score]] = defaultdict(list)
     for sample in samples:
         image, truth = read_sample(sample)
-        slide = ArraySlide(image, sample.image)
-        frame = Frame.of(slide, card, sample.mpp)
-        maps = np.concatenate(list(map_rows(slide, engine, frame, batch=1)), axis=1)
-        case = Case(maps, frame.grid, sample.mpp, truth)
-        found = {name: way(case, card) for name, way in (("reference", reference), ("nsam", fast))}
+        case = Case.of(image, truth, sample.mpp, engine)
+        found = {name: way(case) for name, way in (("reference", reference), ("nsam", fast))}
         for name, (nuclei, steps) in found.items():
             times[name].append(steps)
             scores[name].append(score(truth, painted(nuclei, truth.shape)))
         labels = [painted(nuclei, truth.shape) for nuclei, _ in found.values()]
         scores["nsam against reference"].append(score(*labels))
         if block:
-            times["nsam, block"].append(fast(case.repeated(-(-BLOCK_PX // max(slide.size_wh))), card)[1])
+            times["nsam, block"].append(fast(case.repeated(-(-BLOCK_PX // max(truth.shape))))[1])
     results = summary(times, scores)
     click.echo(f"{len(samples)} images, {samples[0].mpp} µm/px, {card.name} {card.version}")
     for name, figures in results["ms_per_mpx"].items():
@@ -95,24 +120,22 @@ def main(
         json_path.write_text(json.dumps({**about, **results}, indent=1), encoding="utf-8")
 
 
-def fast(case: Case, card: ModelCard) -> tuple[list[Nucleus], dict[str, float]]:
+def fast(case: Case) -> tuple[list[Nucleus], dict[str, float]]:
     """As the pipeline does it: nuclei, and ms/Mpx by step."""
     clock = Clock(case.truth.size)
-    basins = separate(case.maps, card.output, card.post, case.mpp / case.grid.map_per_level0[0])
+    basins = case.basins()
     clock.stop("separate")
-    box = Box(0, 0, *case.grid.level0_wh)
-    labels, probability = carry(basins, case.maps[0], card.post.nucleus_threshold, (0, 0), box, case.grid)
+    labels, probability = case.carried(basins)
     clock.stop("carry")
-    stain = nearest(case.maps[-1], (0, 0), box, case.grid)
-    nuclei = measure(labels, probability, stain, (0, 0), case.mpp, card.post.min_area_um2)
+    nuclei = case.measured(labels, probability)
     clock.stop("measure")
     return nuclei, clock.steps
 
 
-def reference(case: Case, card: ModelCard) -> tuple[list[Nucleus], dict[str, float]]:
+def reference(case: Case) -> tuple[list[Nucleus], dict[str, float]]:
     """The same by flooding at full resolution."""
     clock = Clock(case.truth.size)
-    labels, probability = flooded(case.maps, card.output, card.post, case.grid, case.mpp)
+    labels, probability = flooded(case.maps, case.card.output, case.card.post, case.grid, case.mpp)
     clock.stop("flood")
     stain = np.zeros_like(probability)  # not what is compared
     nuclei = measure(labels, probability, stain, (0, 0), case.mpp)
