@@ -18,7 +18,16 @@ from typing import Any
 
 import click
 
-DEVICES = ("cpu:fp32", "cpu:int8", "openvino:fp32", "openvino:bf16", "cuda:fp32", "cuda:fp16", "tensorrt:fp16")
+DEVICES = (
+    "cpu:fp32",
+    "cpu:int8",
+    "openvino:fp32",
+    "openvino:bf16",
+    "openvino:int8",
+    "cuda:fp32",
+    "cuda:fp16",
+    "tensorrt:fp16",
+)
 WARM_UP = 3
 MATRIX = 2048
 

@@ -22,7 +22,7 @@ from nsam.export.report import as_markdown
 from nsam.export.settings import Settings
 from nsam.export.variants import make_fp16, make_int8, prove_bf16
 from nsam.runtime.card import FileEntry, ModelCard, PostSpec, sha256_of
-from nsam.runtime.engines import Engine, load
+from nsam.runtime.engines import FILES, Engine, load
 from nsam.runtime.errors import DeviceError, InputError, ModelError, OutputError
 from nsam.runtime.settings import Device, Precision
 from nsam.train.checkpoint import load_fold
@@ -87,7 +87,7 @@ def _build_in(
     def load_graph(graph: Path, device: Device = "cpu", precision: Precision = "fp32") -> Engine:
         """The runtime's engine over a graph: the proof passes through the code that will run it."""
         folder = Path(tempfile.mkdtemp(dir=scratch))
-        _write_model(folder, card, {"model.onnx": ("fp32", graph)})
+        _write_model(folder, card, {FILES[precision]: (precision, graph)})
         return load(folder, device=device, precision=precision)
 
     cpu = torch.device("cpu")
@@ -117,9 +117,7 @@ def _build_in(
         proven.append("fp16")
         graphs["fp16"], details["fp16"] = make_fp16(graphs[fp32], scratch, chain, fp32, load_graph)
         shipped["model.fp16.onnx"] = ("fp16", graphs["fp16"])
-    if "bf16" in settings.precisions and prove_bf16(
-        chain, fp32, lambda: load_graph(graphs[fp32], "openvino", "bf16"), say
-    ):
+    if "bf16" in settings.precisions and prove_bf16(graphs[fp32], chain, fp32, load_graph, say):
         proven.append("bf16")
     if "int8" in settings.precisions:
         tiles = real_tiles(fold_samples(settings, "train"), card, settings.calibration)

@@ -15,8 +15,9 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from nsam.export.graph import check_graph
 
-#: Products and convolutions; norms, softmax and GELU stay as they are.
-QUANTISED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+#: Products with weights; norms, softmax and GELU stay as they are. MatMul multiplies activations with each other
+#: (attention): OpenVINO fails to compile it quantised. ConvTranspose is 2 % of the time, and gains nothing.
+QUANTISED = ("Conv", "Gemm")
 #: Nodes judged together, in the order of the graph: about a block of the encoder.
 GROUP = 8
 #: Groups left out at most; more than that and the file is hardly faster than fp32.
@@ -54,8 +55,12 @@ def quantise(source: Path, target: Path, ranges: Mapping[str, tuple[float, float
 
 
 def groups(source: Path) -> list[list[str]]:
-    """Names of the nodes that can be quantised, in groups of neighbours."""
-    names = [node.name for node in onnx.load(source).graph.node if node.op_type in QUANTISED]
+    """Names of the nodes that can be quantised, in groups of neighbours.
+
+    The first and the last are left out: steps of pixels and of maps show in everything. (On three tiles the mean error
+    of maps fell from .018 to .007 by that, and from .041 in OpenVINO.)
+    """
+    names = [node.name for node in onnx.load(source).graph.node if node.op_type in QUANTISED][1:-1]
     return [names[i : i + GROUP] for i in range(0, len(names), GROUP)]
 
 

@@ -12,7 +12,6 @@ from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import check_embedded, check_tensors
 from nsam.runtime.errors import DeviceError, ModelError, UnfitError, first_line
 
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
 _KINDS = {"uint8_t": "uint8", "u8": "uint8", "float": "float32", "f32": "float32"}
 
 
@@ -32,8 +31,9 @@ class OpenvinoEngine:
             raise DeviceError("`openvino` is not installed; pip install 'nsam[openvino]'") from error
         self.card = card
         core = openvino.Core()
-        if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise UnfitError("`openvino`: this CPU has no bf16; --precision may be fp32")
+        has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "bf16" and not has_bf16:
+            raise UnfitError("`openvino`: this CPU has no bf16; --precision may be int8 or fp32")
         try:
             model = core.read_model(path)
         except RuntimeError as error:
@@ -41,7 +41,9 @@ class OpenvinoEngine:
         check_tensors(path, card, [_tensor(port) for port in model.inputs], [_tensor(port) for port in model.outputs])
         place = ["framework", "nsam_card"]
         check_embedded(path, card, model.get_rt_info(place).astype(str) if model.has_rt_info(place) else None)
-        hints = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "INFERENCE_NUM_THREADS": threads}
+        # What an int8 graph does not quantise runs in bf16, too, where that can be had.
+        hint = "f32" if precision == "fp32" or not has_bf16 else "bf16"
+        hints = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}
         self._request = core.compile_model(model, "CPU", hints).create_infer_request()
         version = ".".join(openvino.__version__.split(".")[:2])
         self.device = f"openvino {precision} (OpenVINO {version}, {threads} threads)"

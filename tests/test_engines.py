@@ -208,6 +208,8 @@ def test_precision_chooses_the_file(model: Path) -> None:
     change_card(model, proven=("fp32", "int8"))
     assert load(model, "cpu").device.startswith("cpu int8 ")
     assert load(model, "cpu", precision="fp32").device.startswith("cpu fp32 ")
+    pytest.importorskip("openvino")
+    assert load(model, "openvino").device.startswith("openvino int8 ")
 
 
 def test_a_model_that_failed_its_proof_says_so(model: Path) -> None:
