@@ -8,9 +8,8 @@ they depend neither on the blocks nor on the threads.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
@@ -164,16 +163,11 @@ def separate_bands(
     last = len(frame.bands) if last is None else last
     start = frame.written(frame.tiles[frame.tile_rows(first, last)[0]])[0]
     strip = MapStrip(rows, start)
-    waiting: deque[list[Future[list[Nucleus]]]] = deque()
     with ThreadPoolExecutor(workers, "nsam-separate") as pool:
         for band in range(first, last):
             top, bottom = frame.map_rows(band)
             maps = strip.rows(top, bottom)
-            waiting.append([pool.submit(block_nuclei, maps, top, block, frame) for block in frame.bands[band]])
-            # One band is separated while the maps of the next come in.
-            if len(waiting) > 1:
-                yield [nucleus for future in waiting.popleft() for nucleus in future.result()]
-        for futures in waiting:
+            futures = [pool.submit(block_nuclei, maps, top, block, frame) for block in frame.bands[band]]
             yield [nucleus for future in futures for nucleus in future.result()]
 
 
