@@ -7,10 +7,8 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import cv2
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
+from watching import Watch
 
 MPP = 0.25
 _TILE_PX = 512
@@ -64,14 +63,15 @@ def run(slide: Path, out: Path, device: str) -> dict[str, Any]:
     settings = Settings(inputs=(str(slide),), out=out, device=device)  # type: ignore[arg-type]
     engine = Job.of(settings, engines.read_card()).engine()
     before = seconds_per_tile(engine)
-    cpu: dict[str, float] = defaultdict(float)
-    watch(pipeline, "read_input", "read", cpu)
-    watch(pipeline, "haematoxylin", "read", cpu)
-    watch(pipeline, "block_nuclei", "separate and measure", cpu)
+    watch = Watch()
+    watch.function(pipeline, "read_input", "read")
+    watch.function(pipeline, "haematoxylin", "read")
+    watch.function(pipeline, "block_nuclei", "separate and measure")
     begin, cpu_begin, own_begin = time.perf_counter(), time.process_time(), time.thread_time()
     if batch.run(settings):
         raise SystemExit("the run failed")
     seconds, cpu_all = time.perf_counter() - begin, time.process_time() - cpu_begin
+    cpu = {name: stage.cpu_s for name, stage in watch.stages.items()}
     cpu["assemble and write, tissue mask"] = time.thread_time() - own_begin
     cpu["network"] = cpu_all - sum(cpu.values())
     after = seconds_per_tile(engine)
@@ -94,22 +94,6 @@ def run(slide: Path, out: Path, device: str) -> dict[str, Any]:
         "results, MB": size / 1e6,
         **{f"CPU: {name}": f"{value:.1f} s, {value / cpu_all:.1%}" for name, value in cpu.items()},
     }
-
-
-def watch(module: Any, name: str, stage: str, cpu: dict[str, float]) -> None:
-    """Count the CPU seconds of a function, over all its threads."""
-    real: Callable[..., Any] = getattr(module, name)
-    lock = threading.Lock()
-
-    def watched(*arguments: Any, **options: Any) -> Any:
-        begin = time.thread_time()
-        try:
-            return real(*arguments, **options)
-        finally:
-            with lock:
-                cpu[stage] += time.thread_time() - begin
-
-    setattr(module, name, watched)
 
 
 def seconds_per_tile(engine: Any) -> float:
