@@ -189,7 +189,13 @@ def block_nuclei(maps: NDArray[np.float32], top: int, block: Block, frame: Frame
     labels, probability = carry(basins, part[0], post.nucleus_threshold, (left, top), block.read, grid)
     stain = nearest(part[-1], (left, top), block.read, grid)
     found = measure(labels, probability, stain, (block.read.x0, block.read.y0), frame.mpp, post.min_area_um2)
-    owned = [nucleus for nucleus in found if _owns(block.write, nucleus) and frame.region.holds(*nucleus.centroid_xy)]
+    owned = [
+        nucleus
+        for nucleus in found
+        if nucleus.probability >= post.min_probability
+        and _owns(block.write, nucleus)
+        and frame.region.holds(*nucleus.centroid_xy)
+    ]
     return [nucleus._replace(id=0, cut=_is_cut(nucleus, block.read, grid.level0_wh)) for nucleus in owned]
 
 
