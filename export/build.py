@@ -30,6 +30,7 @@ from nsam.train.data import Sample, find_extra, find_samples
 from nsam.train.evaluate import TorchEngine, draft_card
 from nsam.train.exported import BASE_NAME, write_base
 from nsam.train.model import NucleusNet
+from nsam.train.settings import Settings as Trained
 
 PACKAGES = ("nsam", "torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
 
@@ -47,7 +48,7 @@ def build(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
     model, trained = load_fold(settings.fold_dir)
     metrics = _finished_metrics(settings.fold_dir)
     card = replace(
-        draft_card(trained, PostSpec(**metrics["post"])),
+        _draft(settings, trained, metrics),
         name=settings.name,
         version=settings.model_version,
         licence=settings.licence,
@@ -64,6 +65,16 @@ def build(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
     except OSError as error:
         raise OutputError(f"`{settings.out}`: cannot be written ({error.strerror or error})") from error
     return settings.out
+
+
+def _draft(settings: Settings, trained: Trained, metrics: dict[str, Any]) -> ModelCard:
+    """The run's card, with the tile that was asked for."""
+    card = draft_card(trained, PostSpec(**metrics["post"]))
+    size = card.input.size if settings.tile is None else settings.tile
+    halo = card.post.tile_halo_px if settings.tile_halo is None else settings.tile_halo
+    if size <= 2 * halo:
+        raise InputError(f"`--tile-halo` must be less than half a tile of {size} px, is {halo}")
+    return replace(card, input=replace(card.input, size=size), post=replace(card.post, tile_halo_px=halo))
 
 
 def _build_in(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from nsam.runtime.errors import InputError
+
 #: bf16 needs no file: it is tried with OpenVINO over fp32's.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
@@ -22,6 +24,8 @@ class Settings:
     licence: str = "Apache-2.0"
     attribution: str = ""  # whose data it was trained on, and under which licence
     limits: str = ""  # what the model is not for, and where it was never tried
+    tile: int | None = None  # side of a tile, px; None: as the run validated. Large ones pay off on slides only
+    tile_halo: int | None = None  # px thrown away at a tile's sides; (tile - 2 halo) / 224 whole: windows coincide
     store: str = "fp32"  # weights of model.onnx: fp16 halves the file, arithmetic stays fp32
     precisions: tuple[str, ...] = PRECISIONS  # which to prove, and make files of
     tiles: int = 8  # real tiles on which the maps are compared
@@ -30,3 +34,7 @@ class Settings:
     tensorrt: bool = False  # build the engine of the GPU at hand, too
     force: bool = False  # keep what failed a gate, and say so in the card
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tile is not None and (self.tile < 32 or self.tile % 32):
+            raise InputError(f"`--tile` must be a multiple of 32, is {self.tile}")
