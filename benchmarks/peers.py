@@ -2,7 +2,7 @@
 
 Peers' pretrained weights are downloaded by their packages; where that cannot be done the same network runs with random
 weights (its time does not depend on them). StarDist's post-processing is then timed on maps made from the true labels,
-InstanSeg's not at all.
+the others' not at all.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ PEERS = {
     "nsam": ([f"{HERE.parent}[cpu,openvino]"], "nsam"),
     "StarDist": (["stardist", "tensorflow-cpu"], "stardist"),
     "InstanSeg": (["instanseg-torch"], "instanseg"),
+    "HoVer-Net": (["monai"], "hovernet"),
+    "Cellpose-SAM": (["cellpose"], "cellpose"),
     "classical chain": (["scikit-image", "opencv-python-headless"], "classical"),
 }
 
