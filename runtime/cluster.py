@@ -9,20 +9,33 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from heapq import heapreplace
 from importlib import import_module
+from itertools import pairwise
+from multiprocessing import resource_tracker
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from nsam.runtime.errors import DeviceError, NsamError, first_line
+from nsam.runtime.engines import available_cores
+from nsam.runtime.errors import DeviceError, first_line
 from nsam.runtime.inputs import Source
 from nsam.runtime.job import Job
 from nsam.runtime.outcome import Failed, Outcome
 from nsam.runtime.progress import Progress
 
-#: Bands of 1024 px that go to one worker at a time: some minutes on a CPU.
+#: Bands of 1024 px that go to one worker at a time: some minutes on a CPU. A region and the next both predict the tiles
+#: between them: 2 to 8 % more.
 REGION_BANDS = 8
+#: The least that is worth a region where workers would idle: 6 to 30 % more.
+LEAST_BANDS = 2
+#: Idle share of the workers' time that is not worth such regions.
+IDLE = 0.1
 #: Workers that may die over a task before it is given up, where the scheduler is ours.
 TRIES = 3
 CONNECT_SECONDS = 30
@@ -42,6 +55,7 @@ class Cluster:
         self._address = address
         self._client: Any = None
         self._local: Any = None
+        self._workers = 1
         #: Of a task: where workers say that they have GPUs (`dask worker --resources GPU=1`), one of them.
         self._resources: dict[str, int] = {}
 
@@ -66,14 +80,20 @@ class Cluster:
         if not logging.getLogger("nsam").isEnabledFor(logging.DEBUG):
             logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters comes back as an outcome
         dask.config.set(
-            {"distributed.scheduler.allowed-failures": TRIES - 1, "distributed.logging.distributed": "error"}
+            {
+                "distributed.scheduler.allowed-failures": TRIES - 1,
+                # How often slides that wait behind a long one go to a worker that idles; 1 s elsewhere.
+                "distributed.scheduler.work-stealing-interval": "100ms",
+                "distributed.logging.distributed": "error",
+            }
         )
         try:
             if self._address.partition(":")[0] == "local":
-                self._local = distributed.LocalCluster(
-                    n_workers=_count(self._address), threads_per_worker=1, dashboard_address=":0", silence_logs=50
-                )
-                self._client = distributed.Client(self._local)
+                with _uninterrupted():
+                    self._local = distributed.LocalCluster(
+                        n_workers=_count(self._address), threads_per_worker=1, dashboard_address=":0", silence_logs=50
+                    )
+                    self._client = distributed.Client(self._local)
             elif "://" in self._address:
                 self._client = distributed.Client(self._address, timeout=CONNECT_SECONDS)
             elif not Path(self._address).is_file():  # Dask would wait for it without end
@@ -87,73 +107,76 @@ class Cluster:
                 "file, or local:N"
             ) from error
         workers = self._client.scheduler_info(n_workers=-1)["workers"]
-        if any("GPU" in worker["resources"] for worker in workers.values()):
-            self._resources = {"GPU": 1}
+        gpus = sum("GPU" in worker["resources"] for worker in workers.values())
+        self._resources = {"GPU": 1} if gpus else {}
+        self._workers = gpus or len(workers)
         return f"{len(workers)} workers of {self._address}, dashboard {self._client.dashboard_link}"
 
     def outcomes(self, job: Job, work: dict[Source, Path], bar: Progress) -> Iterator[Outcome]:
         """See `batch.Place`."""
-        if job.settings.threads is None:
-            job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, threads=self._threads()))
+        settings = job.settings
+        if self._local and settings.threads is None:  # elsewhere a worker takes what its machine gives it
+            settings = dataclasses.replace(settings, threads=max(1, available_cores() // self._workers))
+        model = settings.model and settings.model.absolute()  # a worker may run in another folder
+        job = dataclasses.replace(job, settings=dataclasses.replace(settings, model=model))
         regions_left: dict[Source, int] = {}
-        sources: dict[str, Source] = {}
-        told: set[Source] = set()
+        sources: dict[Any, Source] = {}
         running = _dask()[1].as_completed()
 
-        def submit(kind: Any, source: Source, *arguments: Any) -> None:
-            future = self._client.submit(kind, job, source, *arguments, pure=False, resources=self._resources)
-            sources[future.key] = source
+        def submit(priority: int, kind: Any, source: Source, *arguments: Any) -> None:
+            there = source._replace(path=source.path.absolute(), mask=source.mask and source.mask.absolute())
+            task = (kind, job, there, work[source].absolute(), *arguments)
+            future = self._client.submit(*task, pure=False, resources=self._resources, priority=priority)
+            sources[future] = source
             running.add(future)
 
-        for source, folder in work.items():
-            submit(begin_slide, source, folder)
+        # Largest first: the small ones fill what is left of the workers' time at the end.
+        slides = sorted(((_size(source.path), source) for source in work), key=itemgetter(0), reverse=True)
+        idle = idle_share([size for size, _ in slides], self._workers)
+        for _, source in slides:
+            submit(0, begin_slide, source, self._workers if idle > IDLE else 1)
         for future in running:
-            source = sources.pop(future.key)
-            folder = work[source]
+            if future not in sources:  # of a slide that was given up
+                continue
+            source = sources.pop(future)
             try:
                 result = future.result()
             except Exception as error:  # Dask's own: a task that killed its workers, a lost connection
                 result = Outcome(source, failure=("cluster", _reason(error)))
-            if isinstance(result, int):  # a large slide: so many bands
-                regions_left[source] = -(-result // REGION_BANDS)
-                for first in range(0, result, REGION_BANDS):
-                    submit(make_region, source, folder, first, min(first + REGION_BANDS, result))
+                for other in [other for other, its in sources.items() if its == source]:
+                    del sources[other]
+                    self._client.cancel(other)
+            # What is begun goes first: else a large slide would be put together last, by one worker alone.
+            if isinstance(result, list):
+                regions_left[source] = len(result)
+                for region in result:
+                    submit(1, make_region, source, *region)
             elif result is None:  # a region is made
                 regions_left[source] -= 1
                 if regions_left[source] == 0:
-                    submit(finish_slide, source, folder)
-            elif source not in told:  # of a slide's regions more than one may fail
-                told.add(source)
-                bar.begin(folder.name)
-                yield result
-
-    def _threads(self) -> int | None:
-        """Cores for each worker of a local cluster; elsewhere a worker takes what its machine gives it."""
-        from nsam.runtime.engines import available_cores
-
-        if self._local is None:
-            return None
-        return max(1, available_cores() // len(self._local.workers))
+                    submit(2, finish_slide, source)
+            else:
+                bar.begin(work[source].name)
+                yield _as_given(result, source, work[source])
 
 
-def begin_slide(job: Job, source: Source, folder: Path) -> Outcome | int:
-    """On a worker: segment a small slide whole; of a large one only the number of its bands."""
-    try:
-        with job.opened(source) as (_, frame, _):
-            bands = len(frame.bands)
-    except Failed as failure:
-        return Outcome(source, failure=(failure.stage, failure.reason))
-    return bands if bands > REGION_BANDS else finish_slide(job, source, folder)
+def begin_slide(job: Job, source: Source, folder: Path, parts: int) -> Outcome | list[tuple[int, int]]:
+    """On a worker: segment a small slide whole; of a large one only the bands [first, last) of its regions."""
+    regions = []
+    with suppress(Failed):  # `finish_slide` meets it again, and tells
+        if not job.earlier(source, folder)[1]:
+            with job.opened(source) as (_, frame, _):
+                regions = cut(len(frame.bands), parts)
+    return regions if len(regions) > 1 else finish_slide(job, source, folder)
 
 
-def make_region(job: Job, source: Source, folder: Path, first: int, last: int) -> Outcome | None:
-    """On a worker: make bands [first, last) and keep them beside the results; an outcome only if that failed."""
-    with _turn:
-        try:
-            job.make_bands(source, folder, first, last)
-        except Failed as failure:
-            return Outcome(source, failure=(failure.stage, failure.reason))
-    return None
+def make_region(job: Job, source: Source, folder: Path, first: int, last: int) -> None:
+    """On a worker: make bands [first, last) and keep them beside the results.
+
+    What fails is left to `finish_slide`: of several errors in a slide it tells the one that one machine meets first.
+    """
+    with _turn, suppress(Failed):
+        job.make_bands(source, folder, first, last)
 
 
 def finish_slide(job: Job, source: Source, folder: Path) -> Outcome:
@@ -162,17 +185,59 @@ def finish_slide(job: Job, source: Source, folder: Path) -> Outcome:
         return job.outcome(source, folder)
 
 
+def cut(bands: int, parts: int) -> list[tuple[int, int]]:
+    """Even regions [first, last) of a slide, at most `REGION_BANDS` each; a multiple of `parts` if it is so large."""
+    count = -(-bands // REGION_BANDS)
+    if parts > 1:
+        count = max(count, min(-(-count // parts) * parts, bands // LEAST_BANDS))
+    return list(pairwise(bands * i // count for i in range(count + 1)))
+
+
+def idle_share(sizes: list[int], workers: int) -> float:
+    """Share of the workers' time that is idle when each takes the next of these as soon as it is free."""
+    loads = [0] * workers
+    for size in sizes:
+        heapreplace(loads, loads[0] + size)
+    return 1 - sum(sizes) / (max(loads) * workers) if any(sizes) else 0.0
+
+
+def _size(slide: Path) -> int:
+    """About how much work it is: no slide is opened for it, as thousands may be waiting."""
+    return os.path.getsize(slide) if os.path.exists(slide) else 0
+
+
+def _as_given(outcome: Outcome, source: Source, folder: Path) -> Outcome:
+    """A worker's outcome with the user's paths, as one machine tells it."""
+    stage, reason = outcome.failure or ("", "")
+    for path in filter(None, (source.path, source.mask, folder)):
+        reason = reason.replace(str(path.absolute()), str(path))
+    return outcome._replace(source=source, failure=(stage, reason) if outcome.failure else None)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of this; threads and processes that begin here, and theirs, leave it to this thread.
+
+    Dask's start answers it with tracebacks, and so do workers, to which a terminal sends it as well.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # multiprocessing's: started inside, it would let Ctrl-C in
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _dask() -> tuple[Any, Any]:
     """The modules dask and distributed, which are untyped."""
     return import_module("dask"), import_module("distributed")
 
 
 def _count(address: str) -> int:
-    from nsam.runtime.engines import available_cores
-
-    number = address.partition(":")[2]
-    if not number:
-        return max(1, available_cores() // 2)
+    number = address.partition(":")[2] or str(max(1, available_cores() // 2))
     if not number.isdecimal() or int(number) < 1:
         raise ValueError(f"`{number}` is no number of processes")
     return int(number)
@@ -182,6 +247,4 @@ def _reason(error: Exception) -> str:
     if isinstance(error, _dask()[1].KilledWorker):
         # How many are allowed is the scheduler's setting, distributed.scheduler.allowed-failures.
         return f"it killed {error.allowed_failures + 1} workers, one after the other; see their logs (out of memory?)"
-    if isinstance(error, NsamError):
-        return str(error)
     return f"unexpected: {type(error).__name__}: {first_line(error)}"

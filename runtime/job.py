@@ -71,18 +71,10 @@ class Job:
             Failed: with stage and reason.
         """
         outputs = self.settings.outputs
-        path = str(source.path.resolve())
         slide_hash = self._slide_hash(source)
-        with at("write"):
-            before = read_json(folder / DONE_NAME)  # empty if broken, for then nothing is finished
-            same = before.get("run_hash") == slide_hash and before.get("path") == path
-            if same and all((folder / OUTPUTS[name]).is_file() for name in outputs):
-                return None
-            if before and not same and not self.settings.overwrite:
-                raise OutputError(
-                    f"`{folder}`: holds results of other settings or of another slide "
-                    f"({before.get('path')}); pass --overwrite, or another --out"
-                )
+        same, complete = self.earlier(source, folder)
+        if complete:
+            return None
         start = time.monotonic()
         with self.opened(source) as (slide, frame, mpp_source):
             mpp, store = frame.mpp, self._store(source, folder, frame.mpp)
@@ -102,7 +94,7 @@ class Job:
         region_mm2 = frame.region.area_px * mpp**2 / 1e6
         tiles = sum(map(len, frame.tiles))
         done = {
-            "path": path,
+            "path": str(source.path.resolve()),
             "size_wh_px": [width, height],
             "mpp": mpp,
             "mpp_source": mpp_source,
@@ -123,6 +115,23 @@ class Job:
             write_text(folder / DONE_NAME, to_json(done))
             store.clear()
         return done
+
+    def earlier(self, source: Source, folder: Path) -> tuple[bool, bool]:
+        """Whether results of this slide and these settings are there, and whether they are all that is wanted.
+
+        Raises:
+            Failed: there are others, which may not be overwritten.
+        """
+        slide_hash, path = self._slide_hash(source), str(source.path.resolve())
+        with at("write"):
+            before = read_json(folder / DONE_NAME)  # empty if broken, for then nothing is finished
+            same = before.get("run_hash") == slide_hash and before.get("path") == path
+            if before and not same and not self.settings.overwrite:
+                raise OutputError(
+                    f"`{folder}`: holds results of other settings or of another slide "
+                    f"({before.get('path')}); pass --overwrite, or another --out"
+                )
+            return same, same and all((folder / OUTPUTS[name]).is_file() for name in self.settings.outputs)
 
     def make_bands(self, source: Source, folder: Path, first: int, last: int) -> None:
         """Make those of the bands [first, last) that are not there yet, for `segment` to find.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -9,50 +10,100 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import tifffile
 from click.testing import CliRunner, Result
 
 from nsam.runtime import cluster
 from nsam.runtime.bands import FOLDER
+from nsam.runtime.card import InputSpec, ModelCard
 from nsam.runtime.cli import main
+from nsam.runtime.cluster import cut, idle_share
 from nsam.runtime.settings import OUTPUTS
 
 pytest.importorskip("distributed")
 
 
+class Work(NamedTuple):
+    """Slides of which one cannot be done, and what one machine makes of them."""
+
+    table: Path
+    model: Path
+    large: str
+    done: int
+    here: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory, draw_discs: Any) -> Path:
-    """Two small images, one of six bands, and one that is none."""
-    folder = tmp_path_factory.mktemp("slides")
+def drawn(tmp_path_factory: pytest.TempPathFactory, draw_discs: Any, tiny_model: Path) -> Work:
+    """Two small images, one of ten bands, and one that is none."""
+    folder = tmp_path_factory.mktemp("drawn")
     rng = np.random.default_rng(0)
     for name, times in {"a": 1, "b": 2, "large": 12}.items():
         image = np.tile(draw_discs((800, 1000), rng.uniform(20, 780, (12, 2)), 9), (times, 1, 1))
-        tifffile.imwrite(folder / f"{name}.tif", image, photometric="rgb", compression="zlib", tile=(256, 256))
+        write_tiff(folder / f"{name}.tif", image)
     (folder / "none.tif").write_bytes(b"II*\0 no slide")
-    return folder
-
-
-def infer(slides: Path, model: Path, out: Path, *more: str) -> Result:
-    options = ["--model", model, "--mpp", "0.25", "--device", "cpu", "--threads", "1", "--outputs", ",".join(OUTPUTS)]
-    return CliRunner().invoke(main, list(map(str, [slides, "--out", out, *options, *more])))
-
-
-def results(out: Path) -> dict[str, bytes]:
-    files = [out / slide / file for slide in ("a", "b", "large") for file in OUTPUTS.values()]
-    return {str(path.relative_to(out)): path.read_bytes() for path in [*files, out / "failed.csv"]}
+    table = write_table(folder, {folder / f"{name}.tif": 0.25 for name in ("a", "b", "large", "none")})
+    return Work(table, tiny_model, "large", 3, results_here(table, tiny_model))
 
 
 @pytest.fixture(scope="module")
-def here(slides: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one machine makes of the slides."""
-    out = tmp_path_factory.mktemp("here")
-    assert infer(slides, tiny_model, out).exit_code == 1
+def real(
+    data_dir: Path, tmp_path_factory: pytest.TempPathFactory, make_tiny_model: Callable[[Path, ModelCard], Path]
+) -> Work:
+    """All real slides; one tells no mpp, in its metadata or in the table."""
+    folder = tmp_path_factory.mktemp("real")
+    # Larger tiles than the tiny model's: there is more tissue than in drawings.
+    card = ModelCard(name="tiny", version="1", licence="Apache-2.0", input=InputSpec(size=256, mpp=0.25))
+    model = make_tiny_model(folder / "model", card)
+    slides = sorted((data_dir / "slides").iterdir())
+    table = write_table(folder, {slide: 0.25 if slide.suffix == ".jpg" else None for slide in slides})
+    here = results_here(table, model)
+    assert b"TCGA-CR-7395-01A-01-TS1.svs`: no mpp in its metadata; pass --mpp" in here["failed.csv"]
+    return Work(table, model, "CMU-1-Small-Region", len(slides) - 1, here)
+
+
+def write_tiff(path: Path, image: np.ndarray) -> None:
+    tifffile.imwrite(path, image, photometric="rgb", compression="zlib", tile=(256, 256))
+
+
+def write_table(folder: Path, mpps: dict[Path, float | None]) -> Path:
+    path = folder / "slides.csv"
+    path.write_text("path,mpp\n" + "".join(f"{slide},{mpp or ''}\n" for slide, mpp in mpps.items()))
+    return path
+
+
+def arguments(slides: Path, model: Path, out: Path, *more: str) -> list[str]:
+    options = ["--model", model, "--device", "cpu", "--threads", "1", "--outputs", ",".join(OUTPUTS)]
+    return list(map(str, [slides, "--out", out, *options, *more]))
+
+
+def infer(slides: Path, model: Path, out: Path, *more: str) -> Result:
+    return CliRunner().invoke(main, arguments(slides, model, out, *more))
+
+
+def results(out: Path) -> dict[str, Any]:
+    """The bytes of all that a run leaves, but of what tells the time."""
+    found: dict[str, Any] = {}
+    for path in out.rglob("*"):
+        if path.is_file() and path.name not in ("run.json", "report.html"):
+            found[str(path.relative_to(out))] = path.read_bytes()
+            if path.name == "slide.json":
+                found[str(path.relative_to(out))] = {**json.loads(path.read_text(encoding="utf-8")), "seconds": 0}
+    return found
+
+
+def results_here(table: Path, model: Path) -> dict[str, Any]:
+    out = table.parent / "here"
+    assert infer(table, model, out).exit_code == 1
     return results(out)
 
 
@@ -104,64 +155,167 @@ def dask(tmp_path: Path) -> Iterator[Dask]:
     site.stop()
 
 
+@pytest.mark.parametrize("name", ["drawn", "real"])
 def test_two_workers_of_which_one_is_killed(
-    slides: Path, tiny_model: Path, here: dict[str, bytes], dask: Dask, tmp_path: Path
+    name: str, dask: Dask, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    work = request.getfixturevalue(name)
     out = tmp_path / "out"
-    killed = threading.Event()
+    killed: list[int] = []
 
     def kill() -> None:
+        """The worker that is in the middle of the large slide: it has files of that name open."""
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            if list(out.glob(f"large/{FOLDER}/*.npz")):  # in the middle of the large one
-                dask.workers[0].send_signal(signal.SIGKILL)
-                killed.set()
-                return
+        while time.monotonic() < deadline and not killed:
             time.sleep(0.005)
+            if list(out.glob(f"{work.large}/{FOLDER}/*.npz")):
+                for worker in dask.workers:
+                    if any(f"/{work.large}" in file.path for file in psutil.Process(worker.pid).open_files()):
+                        worker.send_signal(signal.SIGKILL)
+                        killed.append(worker.pid)
+                        break
 
     thread = threading.Thread(target=kill)
     thread.start()
-    result = infer(slides, tiny_model, out, "--cluster", str(dask.file))
+    result = infer(work.table, work.model, out, "--cluster", str(dask.file))
     thread.join()
-    assert killed.is_set()
+    assert killed
     assert result.exit_code == 1, result.output
     assert "device: 2 workers of " in result.output
     # One that was finished when its worker died, before it could say so, is found done.
-    assert re.search("(3 slides done, 0|2 slides done, 1) skipped, 1 failed", result.output)
-    assert results(out) == here
+    done = f"({work.done} slides done, 0|{work.done - 1} slides done, 1) skipped, 1 failed"
+    assert re.search(done, result.output)
+    assert results(out) == work.here
+    again = infer(work.table, work.model, out, "--cluster", str(dask.file))
+    assert f"0 slides done, {work.done} skipped, 1 failed" in again.output
+    assert results(out) == work.here
     assert not list(out.rglob("*.part"))
-    again = infer(slides, tiny_model, out, "--cluster", str(dask.file))
-    assert "0 slides done, 3 skipped, 1 failed" in again.output
 
 
 def test_a_slide_that_kills_its_workers_is_given_up(
-    slides: Path, tiny_model: Path, dask: Dask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    drawn: Work, dask: Dask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three workers die over it, and the others are done by the rest."""
+    """Three workers die over it; the fourth lives."""
     monkeypatch.setattr(cluster, "begin_slide", _deadly)
     dask.workers += [dask.add_worker() for _ in range(2)]
     dask.wait()
     out = tmp_path / "out"
-    result = infer(slides / "a.tif", tiny_model, out, "--cluster", str(dask.file))
+    table = write_table(tmp_path, {drawn.table.parent / "a.tif": 0.25})
+    result = infer(table, drawn.model, out, "--cluster", str(dask.file))
     assert result.exit_code == 1, result.output
     assert "it killed 3 workers" in result.stderr
     assert ',cluster,"it killed 3 workers' in (out / "failed.csv").read_text()
+    assert [worker.poll() for worker in dask.workers].count(None) == 1
+
+
+def test_a_slide_whose_regions_kill_their_workers_is_listed_once(
+    drawn: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the others are done by the workers that take the place of the dead."""
+    monkeypatch.setattr(cluster, "make_region", _deadly)
+    result = infer(drawn.table, drawn.model, tmp_path, "--cluster", "local:2")
+    assert "2 failed" in result.output
+    assert re.findall(r"(\w+).tif,(\w+),", (tmp_path / "failed.csv").read_text()) == [
+        ("large", "cluster"),
+        ("none", "open"),
+    ]
+    small = {name: content for name, content in drawn.here.items() if name.startswith(("a/", "b/"))}
+    assert small.items() <= results(tmp_path).items()
 
 
 def _deadly(*arguments: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_local_cluster(slides: Path, tiny_model: Path, here: dict[str, bytes], tmp_path: Path) -> None:
-    result = infer(slides, tiny_model, tmp_path, "--cluster", "local:2")
+def test_a_local_cluster(drawn: Work, tmp_path: Path) -> None:
+    result = infer(drawn.table, drawn.model, tmp_path, "--cluster", "local:2")
     assert "device: 2 workers of local:2, dashboard http" in result.output
-    assert results(tmp_path) == here
+    assert results(tmp_path) == drawn.here
+
+
+def test_of_two_errors_in_a_slide_that_of_one_machine_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    """Though the region of the second may come to it sooner."""
+    path = tmp_path / "damaged.tif"
+    write_tiff(path, np.zeros((10 * 1024, 512, 3), np.uint8))
+    with tifffile.TiffFile(path) as file:
+        offsets = file.pages[0].dataoffsets
+    with path.open("r+b") as stream:
+        for tile, content in ((20, b"no zlib"), (len(offsets) // 2 + 2, zlib.compress(b"too short"))):
+            stream.seek(offsets[tile])
+            stream.write(content)
+    table = write_table(tmp_path, {path: 0.25})
+    failures = []
+    for out, options in ((tmp_path / "here", ()), (tmp_path / "there", ("--cluster", "local:2"))):
+        assert infer(table, tiny_model, out, "--no-tissue-mask", *options).exit_code == 1
+        failures.append((out / "failed.csv").read_bytes())
+    assert failures[0] == failures[1]
+    assert b",read," in failures[0]
+
+
+def test_paths_are_those_of_the_command_though_workers_run_elsewhere(
+    drawn: Work, dask: Dask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(drawn.table.parent)
+    model, table = Path(os.path.relpath(drawn.model)), Path("relative.csv")
+    table.write_text("path,mpp\na.tif,0.25\nnone.tif,0.25\n")
+    assert infer(table, model, Path("alone")).exit_code == 1
+    result = infer(table, model, Path("shared"), "--cluster", str(dask.file))
+    assert "a.tif: 12 nuclei" in result.output
+    assert Path("shared/failed.csv").read_text().startswith("slide,stage,reason\nnone.tif,open,`none.tif`: ")
+    assert results(Path("shared")) == results(Path("alone"))
+
+
+def test_interrupted(drawn: Work, tmp_path: Path) -> None:
+    """Ctrl-C, as a terminal sends it to every process: one line, nothing that lives on, and the next run goes on."""
+    out = tmp_path / "out"
+    table = write_table(tmp_path, {drawn.table.parent / "large.tif": 0.25})
+    options = arguments(table, drawn.model, out, "--cluster", "local:2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nsam.runtime.cli", *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob(f"large/{FOLDER}/*.npz")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "interrupted; finished slides are kept\n"
+    assert process.returncode == 130
+    assert len(children) >= 2
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert infer(table, drawn.model, out, "--cluster", "local:2").exit_code == 0
+    assert results(out) == {name: content for name, content in drawn.here.items() if name.startswith("large/")}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 16])
+def test_regions_are_all_of_a_slide_and_even(parts: int) -> None:
+    for bands in range(1, 70):
+        regions = cut(bands, parts)
+        sizes = [last - first for first, last in regions]
+        assert (regions[0][0], regions[-1][1]) == (0, bands)
+        assert all(last == first for (_, last), (first, _) in pairwise(regions))
+        assert max(sizes) <= min(8, min(sizes) + 1)
+        assert min(sizes) >= min(2, bands)
+
+
+def test_where_workers_would_idle_slides_are_cut_for_each_of_them() -> None:
+    assert idle_share([4, 1, 1, 1, 1], 2) == 0
+    assert idle_share([6, 2], 2) == pytest.approx(1 / 3)
+    assert idle_share([], 3) == idle_share([0], 3) == 0
+    assert cut(6, 1) == [(0, 6)]
+    assert cut(6, 2) == [(0, 3), (3, 6)]
+    assert len(cut(59, 1)) == 8
+    assert len(cut(59, 3)) == 9
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "missing.json", "local:none"])
-def test_no_such_cluster(slides: Path, tiny_model: Path, tmp_path: Path, address: str, monkeypatch: Any) -> None:
+def test_no_such_cluster(tiny_model: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1)
-    result = infer(slides, tiny_model, tmp_path, "--cluster", address)
+    write_tiff(tmp_path / "a.tif", np.zeros((64, 64, 3), np.uint8))
+    result = infer(tmp_path / "a.tif", tiny_model, tmp_path / "out", "--cluster", address)
     assert result.exit_code == 2
     assert f"`--cluster {address}`: cannot be reached" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
