@@ -92,7 +92,7 @@ def fit(
         train_mode(model, settings)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             maps = network(images)
-        terms = map_losses(maps, targets, settings.channels, settings.dice)
+        terms = map_losses(maps, targets, settings.channels, settings.dice, group)
         optimiser.zero_grad(set_to_none=True)
         scaler.scale(total(terms)).backward()
         scaler.unscale_(optimiser)
@@ -107,9 +107,10 @@ def fit(
         for name, term in terms.items():
             sums[name] += float(term.detach()) / LOG_EVERY
         if step % LOG_EVERY == 0:
-            history.append({"step": step, "lr": schedule.get_last_lr()[0], **sums})
+            means = group.mean(sums)
+            history.append({"step": step, "lr": schedule.get_last_lr()[0], **means})
             rate = (step - first) / (time.monotonic() - started)
-            losses = ", ".join(f"{name} {value:.3f}" for name, value in sums.items())
+            losses = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
             say(
                 f"step {step}/{steps}, {losses}, {rate * settings.batch:.1f} images/s, "
                 f"{(steps - step) / rate / 60:.0f} min left"

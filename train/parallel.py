@@ -8,7 +8,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 #: Others wait while the first process validates, or chooses thresholds.
@@ -34,16 +35,32 @@ class Group:
         """
         return DistributedDataParallel(model, static_graph=True) if self.size > 1 else model
 
+    def sum(self, part: Tensor) -> Tensor:
+        """The sum of all processes' parts; its gradient is right once `spread` has taken the mean of theirs."""
+        return all_reduce(part) if self.size > 1 else part
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean of all processes' values, for all."""
+        if self.size == 1:
+            return values
+        together = torch.tensor(list(values.values()), dtype=torch.float64, device=_place())
+        dist.all_reduce(together)
+        return dict(zip(values, (together / self.size).tolist(), strict=True))
+
     def agrees(self, flag: bool) -> bool:
         """The first process's answer, for all."""
         if self.size == 1:
             return flag
-        answer = torch.tensor([int(flag)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        answer = torch.tensor([int(flag)], device=_place())
         dist.broadcast(answer, 0)
         return bool(answer.item())
 
 
 ALONE = Group()
+
+
+def _place() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 def join(device: torch.device) -> Group:
