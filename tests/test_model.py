@@ -14,7 +14,7 @@ from nsam.runtime.errors import ModelError
 from nsam.train.checkpoint import build_model, rename_mobile_sam
 from nsam.train.lora import LowRank, add_lora, has_lora, merge_lora
 from nsam.train.losses import map_losses, soft_dice
-from nsam.train.model import LayerNorm2d, NucleusNet, parameter_table
+from nsam.train.model import UNUSED, LayerNorm2d, NucleusNet, parameter_table
 from nsam.train.optim import Ema
 from nsam.train.settings import NSAM, SEED
 from nsam.train.targets import inner_distance, make_targets
@@ -43,7 +43,8 @@ def mobile_sam_state() -> dict[str, torch.Tensor]:
                 if "neck" not in name:
                     name = name.replace(".conv.", ".c.")
                 break
-        state[name] = torch.rand_like(value) if value.is_floating_point() else value
+        if name != "tokens.seen":  # ours
+            state[name] = torch.rand_like(value) if value.is_floating_point() else value
     state["image_encoder.layers.1.blocks.0.attn.attention_bias_idxs"] = torch.zeros(49, 49, dtype=torch.long)
     return state
 
@@ -56,15 +57,16 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_numbers_in_the_readme(official: Path) -> None:
-    """118,784 of LoRA; 4,177,124 trainable of 10,248,876, and 43,280 more with the detail stage."""
+    """118,784 of LoRA; 4,177,124 trainable of MobileSAM's 10,248,876; 3,840 and 144,832 in what it does not have."""
     table = {part: row for part, *row in parameter_table(build_model(replace(SEED, base=str(official)))[0])}
     assert table["LoRA"] == [118_784, 118_784]
-    assert table["in all"] == [10_248_876, 4_177_124]
+    assert table["tokens"] == [3_840, 3_840]
+    assert table["in all"] == [10_248_876 + 3_840, 4_177_124 + 3_840]
     assert table["prompt encoder"] == [6_220, 0]
     assert table["classifier head (unused)"] == [321_640, 0]
     table = {part: row for part, *row in parameter_table(build_model(replace(NSAM, base=str(official)))[0])}
-    assert table["detail"] == [43_280, 43_280]
-    assert table["in all"] == [10_292_156, 4_220_404]
+    assert table["detail"] == [144_832, 144_832]
+    assert table["in all"] == [10_397_548, 4_325_796]
 
 
 def test_names_of_the_official_file() -> None:
@@ -115,6 +117,37 @@ def test_maps_have_the_promised_shape_whatever_the_batch(channels: tuple[str, ..
         torch.testing.assert_close(model(IMAGES[1:]), maps[1:], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="multiples of 32"):
         model(IMAGES[:, :50])
+
+
+def test_no_map_depends_on_what_is_called_unused() -> None:
+    torch.manual_seed(0)
+    model = NucleusNet().eval()
+    with torch.inference_mode():
+        before = model(IMAGES)
+        for start in UNUSED:
+            weights = [value for name, value in model.state_dict().items() if name.startswith(start)]
+            assert weights, start
+            for value in weights:
+                value.fill_(3)
+        assert torch.equal(model(IMAGES), before)
+    maps = model.train()(IMAGES).square().sum()
+    maps.backward()
+    others = [n for n, p in model.named_parameters() if p.grad is None and not n.startswith(UNUSED)]
+    # Two of the four mask tokens have no channel, but the others attend to them.
+    assert others == [n for n in others if n.startswith(("mask_decoder.output_hypernetworks_mlps", "mask_decoder.iou"))]
+
+
+def test_the_far_end_of_a_tile_changes_nothing_here() -> None:
+    """Windows of 224 px and small convolutions hand on what they see; the decoder's tokens see nothing."""
+    torch.manual_seed(0)
+    model = NucleusNet().eval()
+    images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (1, 32, 10 * 224, 3), np.uint8))
+    changed = images.clone()
+    changed[:, :, -32:] = 255 - changed[:, :, -32:]
+    with torch.inference_mode():
+        difference = (model(images) - model(changed)).abs()
+    assert difference[..., -16:].max() > 1e-2
+    assert difference[..., :112].max() == 0
 
 
 def test_layer_norm_equals_sam_s_and_survives_fp16() -> None:

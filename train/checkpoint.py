@@ -35,6 +35,10 @@ _RENAMED = (
 )
 
 
+#: Parts that MobileSAM does not have.
+_OWN = ("detail.", "tokens.")
+
+
 def build_model(settings: Settings) -> tuple[NucleusNet, str]:
     """A new network with its base loaded, LoRA added and everything that is not tuned frozen.
 
@@ -53,6 +57,7 @@ def build_model(settings: Settings) -> tuple[NucleusNet, str]:
     base_hash = hash_tensors(model)
     model.requires_grad_(False)
     model.mask_decoder.requires_grad_(True)
+    model.tokens.requires_grad_(True)
     if model.detail is not None:
         model.detail.requires_grad_(True)
     if settings.tune == "lora":
@@ -94,13 +99,13 @@ def load_base(model: NucleusNet, base: str) -> None:
 
 
 def load_mobile_sam(model: NucleusNet, state: dict[str, Tensor], source: str = "mobile_sam") -> None:
-    """Load a MobileSAM state dict; only the detail stage keeps its random start.
+    """Load a MobileSAM state dict; what SAM does not have keeps its start.
 
     Raises:
         ModelError: names or shapes are not MobileSAM's.
     """
     renamed = {rename_mobile_sam(name): value for name, value in state.items()}
-    wanted = {name: value for name, value in model.state_dict().items() if not name.startswith("detail.")}
+    wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(_OWN)}
     # Index tables are buffers that the encoder makes itself.
     extra = [n for n in renamed.keys() - wanted.keys() if not n.endswith("attention_bias_idxs")]
     missing = [n for n in wanted.keys() - renamed.keys() if not n.endswith("num_batches_tracked")]

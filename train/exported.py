@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import ModelError
-from nsam.train.model import NucleusNet
+from nsam.train.model import UNUSED, NucleusNet
 
 BASE_NAME = "base.safetensors"
-_UNUSED = "encoder.vit.head."
 
 
 def write_base(model: nn.Module, graph: Path, path: Path) -> None:
@@ -40,7 +39,7 @@ def write_base(model: nn.Module, graph: Path, path: Path) -> None:
     found: dict[str, tuple[str, bool]] = {}
     rest: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        if name.startswith(_UNUSED) or not value.is_floating_point():
+        if name.startswith(UNUSED) or not value.is_floating_point():
             continue
         plain: NDArray[np.float32] = value.detach().cpu().float().numpy()
         for turned in (False, True):
@@ -55,7 +54,7 @@ def write_base(model: nn.Module, graph: Path, path: Path) -> None:
 
 
 def load_exported(model: NucleusNet, model_dir: Path) -> None:
-    """Load the weights of a model directory; the classifier head, never used, keeps its random start.
+    """Load the weights of a model directory; those on which no map depends keep their random start.
 
     Raises:
         ModelError: files are missing, changed, or of a model with other channels.
@@ -75,7 +74,7 @@ def load_exported(model: NucleusNet, model_dir: Path) -> None:
         missing, unknown = model.load_state_dict(state, strict=False)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ModelError(f"`{model_dir}`: not the weights of this architecture ({error}); export it again") from error
-    missing = [n for n in missing if not n.startswith(_UNUSED) and not n.endswith("num_batches_tracked")]
+    missing = [n for n in missing if not n.startswith(UNUSED) and not n.endswith("num_batches_tracked")]
     if missing or unknown:
         raise ModelError(f"`{model_dir}`: not the weights of this architecture ({[*missing, *unknown][0]})")
 

@@ -19,6 +19,18 @@ from nsam.runtime.card import SAM_MEAN, SAM_STD, OutputSpec
 
 EMBED_DIM = 256  # SAM's width behind the neck
 ENCODER_STRIDE = 16
+#: Weights of MobileSAM on which no map depends, by the start of their names.
+UNUSED = (
+    "encoder.vit.head.",
+    "prompt_encoder.pe_layer.",
+    "prompt_encoder.point_embeddings.",
+    "prompt_encoder.not_a_point_embed.",
+    "prompt_encoder.mask_downscaling.",
+    "mask_decoder.iou_prediction_head.",
+    "mask_decoder.transformer.layers.0.cross_attn_token_to_image.",
+    "mask_decoder.transformer.layers.1.cross_attn_token_to_image.",
+    "mask_decoder.transformer.final_attn_token_to_image.",
+)
 Early = tuple[Tensor, Tensor, Tensor]  # (N, 32, H/2, W/2), (N, 64, H/4, W/4), (N, 128, H/8, W/8)
 MULTIPLE_OF = 32  # TinyViT halves its input five times before the last stage's stride is taken back
 
@@ -73,17 +85,18 @@ class Detail(nn.Module):
     def __init__(self, width: int = EMBED_DIM // 8) -> None:
         super().__init__()
         self.skip_8 = zeroed(nn.Conv2d(128, 2 * width, 1))
+        self.mix_8 = Mix(2 * width, 2 * width)
         self.skip = nn.Conv2d(64, width, 1)
-        self.mix_4 = Mix(width, width)
+        self.mix_4 = Mix(width, 2 * width)
         self.up = nn.ConvTranspose2d(width, width, 2, stride=2)
         self.skip_2 = zeroed(nn.Conv2d(32, width, 1))
-        self.mix_2 = Mix(width, width // 2)
+        self.mix_2 = Mix(width, width)
 
     def forward(self, x: Tensor, early: Early, upscaling: nn.Sequential) -> Tensor:
         """(N, 256, H/16, W/16) -> (N, 32, H/2, W/2); `upscaling` is the mask decoder's own, to stride 4."""
         stride_2, stride_4, stride_8 = early
         first, norm, act, second, last = upscaling
-        x = act(norm(first(x)) + self.skip_8(stride_8))
+        x = self.mix_8(act(norm(first(x)) + self.skip_8(stride_8)))
         x = self.mix_4(last(second(x)) + self.skip(stride_4))
         return self.mix_2(F.gelu(self.up(x) + self.skip_2(stride_2)))
 
@@ -106,6 +119,36 @@ def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+class Tokens(nn.Module):
+    """SAM's two-way transformer with tokens that do not look at the image: they see a learned constant in its place.
+
+    The image still attends to the tokens, but nothing passes from one end of a tile to the other this way, so maps
+    do not depend on where a tile is cut, and the tokens' whole side becomes constants when exported. (With no prompt
+    to find in the image, trained tokens had come to be the same for every tile by themselves: in both layers they
+    varied by .6 % of their norm. The positional encoding changed no map.)
+    """
+
+    def __init__(self, decoder: MaskDecoder) -> None:
+        super().__init__()
+        looks = len(decoder.transformer.layers) + 1
+        self.seen = nn.Parameter(torch.zeros(looks, 1 + decoder.num_mask_tokens, EMBED_DIM))
+
+    def forward(self, decoder: MaskDecoder, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, HW, 256) -> the same shape, and the tokens (1, 5, 256)."""
+        start = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).unsqueeze(0)
+        tokens = start
+        for layer, seen in zip(decoder.transformer.layers, self.seen[:-1], strict=True):
+            if layer.skip_first_layer_pe:
+                tokens = layer.self_attn(tokens, tokens, tokens)
+            else:
+                tokens = tokens + layer.self_attn(tokens + start, tokens + start, tokens)
+            tokens = layer.norm2(layer.norm1(tokens) + seen)
+            tokens = layer.norm3(tokens + layer.mlp(tokens))
+            many = tokens.expand(image.shape[0], -1, -1)
+            image = layer.norm4(image + layer.cross_attn_image_to_token(image, many + start, many))
+        return image, decoder.transformer.norm_final_attn(tokens + self.seen[-1])
 
 
 class NucleusNet(nn.Module):
@@ -139,6 +182,7 @@ class NucleusNet(nn.Module):
         self.mask_decoder.output_upscaling[1] = LayerNorm2d(norm.weight.numel(), norm.eps)
         if not 1 <= len(self.output.channels) <= self.mask_decoder.num_mask_tokens:
             raise ValueError(f"`output.channels` must name 1 to 4 channels, names {self.output.channels}")
+        self.tokens = Tokens(self.mask_decoder)
         self.detail = Detail() if self.output.stride == 2 else None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -159,10 +203,8 @@ class NucleusNet(nn.Module):
         # MaskDecoder.predict_masks repeats the embedding for each prompt (batch x batch): run its parts instead.
         decoder = self.mask_decoder
         n, _, h, w = embedding.shape
-        position = self.prompt_encoder.pe_layer((h, w)).unsqueeze(0)
         source = embedding + self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
-        tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(n, -1, -1)
-        tokens, source = decoder.transformer(source, position.expand(n, -1, -1, -1), tokens)
+        source, tokens = self.tokens(decoder, source.flatten(2).transpose(1, 2))
         source = source.transpose(1, 2).reshape(n, EMBED_DIM, h, w)
         if self.detail is None:
             features = decoder.output_upscaling(source)
@@ -171,7 +213,7 @@ class NucleusNet(nn.Module):
         heads = decoder.output_hypernetworks_mlps[: len(self.output.channels)]
         # Token 0 is the IoU token, whose head is not used.
         weights = torch.stack([head(tokens[:, 1 + i]) for i, head in enumerate(heads)], dim=1)
-        return torch.einsum("nkc,nchw->nkhw", weights, features)
+        return F.conv2d(features, weights[0, :, :, None, None])
 
 
 def parameter_table(model: NucleusNet) -> list[tuple[str, int, int]]:
