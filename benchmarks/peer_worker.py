@@ -110,9 +110,9 @@ def hovernet(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) ->
 
 def cellpose(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -> dict[str, Any]:
     """Cellpose-SAM: tiles of 256 px that overlap by a tenth, at the image's own scale; its network alone."""
-    from cellpose.vit_sam import Transformer
+    from cellpose.vit import CPSAM
 
-    return tiled(Transformer(), image, mpp, threads, own_mpp=mpp, tile=256, step=round(256 * 0.9))
+    return tiled(CPSAM(), image, mpp, threads, own_mpp=mpp, tile=256, step=round(256 * 0.9))
 
 
 def tiled(

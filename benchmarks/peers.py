@@ -24,7 +24,7 @@ PEERS = {
     "StarDist": (["stardist", "tensorflow-cpu"], "stardist"),
     "InstanSeg": (["instanseg-torch"], "instanseg"),
     "HoVer-Net": (["monai"], "hovernet"),
-    "Cellpose-SAM": (["cellpose"], "cellpose"),
+    "Cellpose-SAM": (["cellpose >= 4.2"], "cellpose"),
     "classical chain": (["scikit-image", "opencv-python-headless"], "classical"),
 }
 
