@@ -38,7 +38,8 @@ def flooded(
     seeds = cv2.connectedComponents(tops.astype(np.uint8), connectivity=8, ltype=cv2.CV_32S)[1]
     labels: Any = watershed(-level.astype(np.float64), seeds, mask=mask)
     areas = np.bincount(labels.ravel())
-    labels[areas[labels] * mpp**2 < post.min_area_um2] = 0
+    means = np.bincount(labels.ravel(), probability.ravel()) / np.maximum(areas, 1)
+    labels[((areas * mpp**2 < post.min_area_um2) | (means < post.min_probability))[labels]] = 0
     return labels, probability
 
 

@@ -68,7 +68,9 @@ class Case:
     def measured(self, labels: NDArray[np.int32], probability: NDArray[np.float32]) -> list[Nucleus]:
         """The nuclei."""
         stain = nearest(self.maps[-1], (0, 0), self._box, self.grid)
-        return measure(labels, probability, stain, (0, 0), self.mpp, self.card.post.min_area_um2)
+        post = self.card.post
+        found = measure(labels, probability, stain, (0, 0), self.mpp, post.min_area_um2)
+        return [nucleus for nucleus in found if nucleus.probability >= post.min_probability]
 
     @property
     def _box(self) -> Box:

@@ -215,6 +215,16 @@ def test_two_processes_train_one_fold(tmp_path: Path, discs: Path) -> None:
     np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=1e-4)
 
 
+def test_folds_side_by_side_make_one_run(tmp_path: Path, discs: Path) -> None:
+    out = tmp_path / "run"
+    options = ["--base", "none", "--tune", "full", "--crop", "32", "--batch", "2", "--steps", "2", "--threads", "1"]
+    command = [sys.executable, "-m", "nsam.train.cli", str(discs), "--out", str(out), *options, "--resume", "--fold"]
+    processes = [subprocess.Popen([*command, fold]) for fold in ("0", "1")]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert "Finished folds: fold0, fold1." in (out / "summary.md").read_text()
+    assert not list(out.rglob("*.part"))
+
+
 def test_time_out_saves_and_says_how_to_go_on(tmp_path: Path, fold: Fold) -> None:
     lines: list[str] = []
     out = config(tmp_path, TINY)

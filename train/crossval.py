@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -145,8 +146,10 @@ def claim(out: Path, settings: Settings, samples: list[Sample], sources: list[Pa
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(describe(settings, samples, sources), indent=1)
-        config.write_text(text, encoding="utf-8")
+        # Folds may be started side by side, so the file appears whole.
+        part = config.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(describe(settings, samples, sources), indent=1), encoding="utf-8")
+        part.replace(config)
     except OSError as error:
         raise OutputError(f"`{out}`: cannot be written ({error.strerror}); choose another --out") from error
 
