@@ -170,7 +170,7 @@ class NucleusNet(nn.Module):
         if self.output.stride not in (2, 4):
             raise ValueError(f"`output.stride` must be 2 or 4, is {self.output.stride}")
         self.encoder = Encoder()
-        # Sizes here only serve prompts, which are not used; the positional encoding takes any size.
+        # Of it only the embedding that stands for `no mask` is used; sizes serve prompts and the positional encoding.
         self.prompt_encoder = PromptEncoder(
             embed_dim=EMBED_DIM, image_embedding_size=(64, 64), input_image_size=(1024, 1024), mask_in_chans=16
         )

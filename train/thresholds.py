@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -47,6 +48,7 @@ def choose_post(samples: list[Sample], engine: TorchEngine, looks: bool = False)
             rows = list(map_rows(slide, engine, Frame.of(slide, card, sample.mpp)))
             seen.append((slide, sample.mpp, rows, truth))
 
+    @cache  # later rounds come back to what was tried
     def reached(post: PostSpec) -> float:
         total = 0.0
         for slide, mpp, rows, truth in seen:
