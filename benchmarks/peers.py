@@ -24,6 +24,7 @@ PEERS = {
     "StarDist": (["stardist", "tensorflow-cpu"], "stardist"),
     "InstanSeg": (["instanseg-torch"], "instanseg"),
     "HoVer-Net": (["monai"], "hovernet"),
+    "HoVer-NeXt": (["segmentation-models-pytorch"], "hovernext"),
     "Cellpose-SAM": (["cellpose >= 4.2"], "cellpose"),
     "classical chain": (["scikit-image", "opencv-python-headless"], "classical"),
 }
@@ -92,16 +93,20 @@ def install(env: Path, packages: list[str]) -> float:
 
 def run(env: Path, task: str, image: Path, labels: Path, mpp: float, threads: int) -> dict[str, Any]:
     """One peer in a process of its own."""
-    names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-    environment = {**os.environ, **dict.fromkeys(names, str(threads)), "TF_NUM_INTEROP_THREADS": "1"}
-    environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    environment.pop("PYTHONPATH", None)
     command = [env / "bin" / "python", HERE / "peer_worker.py", task, image, labels, str(mpp), str(threads)]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=surroundings(threads))
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
+
+
+def surroundings(threads: int) -> dict[str, str]:
+    """Environment variables that hold every library to so many threads."""
+    names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+    variables = {**os.environ, **dict.fromkeys(names, str(threads))}
+    variables.pop("PYTHONPATH", None)
+    return {**variables, "TF_NUM_INTEROP_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 if __name__ == "__main__":

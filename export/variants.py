@@ -101,11 +101,12 @@ def make_int8(
         quantise(graph, target, ranges, nodes)
         engine = load(target)
         links = [chain.measure(before, "int8", engine, rewrites_only=False)]
-        try:
-            openvino = load(target, "openvino", "int8")
-            links.append(chain.measure(before, "int8 in OpenVINO", openvino, rewrites_only=False))
-        except DeviceError as error:
-            say(f"int8: proven for ONNX Runtime only; {error}")
+        if links[0].passed:
+            try:
+                openvino = load(target, "openvino", "int8")
+                links.append(chain.measure(before, "int8 in OpenVINO", openvino, rewrites_only=False))
+            except DeviceError as error:
+                say(f"int8: proven for ONNX Runtime only; {error}")
         passed = all(link.passed for link in links)
         metrics = {name: max(link.metrics[name] for link in links) for name in links[0].metrics}
         gain = speed_ratio(load(graph), engine, few[:1])
