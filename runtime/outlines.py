@@ -52,7 +52,7 @@ def simplified_rings(nucleus: Nucleus, tolerance_px: float = 0.5) -> list[NDArra
     middles = [ring + _after(ring) for ring in _unit_steps(nucleus.mask)]
     exterior, *holes = [_points(cv2.approxPolyDP(ring, 2 * tolerance_px, True)) for ring in middles]
     simple = [exterior, *(hole for hole in holes if len(hole) > 2)]
-    if len(exterior) < 3 or _cross(simple):
+    if len(exterior) < 3 or not (len(simple) == 1 and _starlike(exterior)) and _cross(simple):
         simple = middles
     return [_closed(ring / 2 + nucleus.bbox_xywh[:2]) for ring in simple]
 
@@ -63,13 +63,24 @@ def _unit_steps(mask: NDArray[np.bool_]) -> list[NDArray[np.int32]]:
     # diagonal steps between pixels fall on one corner.
     doubled = cv2.resize(mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     contours, tree = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    parents = tree.reshape(-1, 4)[:, 3]
-    largest = max(np.flatnonzero(parents < 0).tolist(), key=lambda i: cv2.contourArea(contours[i]))
+    wanted = [0]
+    if len(contours) > 1:
+        parents = tree.reshape(-1, 4)[:, 3]
+        largest = max(np.flatnonzero(parents < 0).tolist(), key=lambda i: cv2.contourArea(contours[i]))
+        wanted = [largest, *np.flatnonzero(parents == largest).tolist()]
     rings = []
-    for i in (largest, *np.flatnonzero(parents == largest).tolist()):
-        ring = ((_points(contours[i]) + 1) // 2)[::-1]  # OpenCV goes the other way round
-        rings.append(ring[np.any(ring != _before(ring), axis=1)])
+    for i in wanted:
+        ring = ((_points(contours[i]) + 1) >> 1)[::-1]  # OpenCV goes the other way round
+        moved = ring != _before(ring)
+        rings.append(ring[moved[:, 0] | moved[:, 1]])
     return rings
+
+
+def _starlike(ring: NDArray[np.int32]) -> bool:
+    """Whether an open ring goes once around its middle and never back: such a ring, as most are, crosses nothing."""
+    x, y = (ring - ring.sum(axis=0) // len(ring)).T
+    next_x, next_y = _after(x), _after(y)
+    return bool((x * next_y > y * next_x).all()) and np.count_nonzero((y < 0) & (next_y >= 0)) == 1
 
 
 def _cross(rings: list[NDArray[np.int32]]) -> bool:
