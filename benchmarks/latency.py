@@ -36,6 +36,7 @@ MATRIX = 2048
 @click.option("--model", type=click.Path(path_type=Path), help="A folder made by nsam-export. [default: nsam's own]")
 @click.option("--engines", default=",".join(DEVICES), help="device:precision, separated by commas.")
 @click.option("--batches", default="1,4", help="Tiles a pass, separated by commas.")
+@click.option("--sizes", help="Sides of the tiles, px, separated by commas. [default: the smallest]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
 @click.option("--passes", type=click.IntRange(1), default=20, help="Timed passes, after 3 that are not.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
@@ -46,6 +47,7 @@ def main(
     model: Path | None,
     engines: str,
     batches: str,
+    sizes: str | None,
     threads: int | None,
     passes: int,
     json_path: Path | None,
@@ -55,13 +57,13 @@ def main(
 ) -> None:
     """Time the network; what cannot be had here is said and left out."""
     if one:
-        device, precision, batch = one.split(":")
-        print(json.dumps(measure(model, device, precision, int(batch), threads, passes)))
+        device, precision, batch, size = one.split(":")
+        print(json.dumps(measure(model, device, precision, int(batch), int(size), threads, passes)))
         return
     rows, missing = [], []
-    for engine, batch in itertools.product(engines.split(","), batches.split(",")):
+    for engine, batch, size in itertools.product(engines.split(","), batches.split(","), (sizes or "0").split(",")):
         click.echo(f"{engine}, batch {batch} ...", err=True)
-        row = in_process(model, f"{engine}:{batch}", threads, passes)
+        row = in_process(model, f"{engine}:{batch}:{size}", threads, passes)
         if "error" in row:
             missing.append(f"{engine}: {row['error']}")
         else:
@@ -96,17 +98,22 @@ def in_process(model: Path | None, one: str, threads: int | None, passes: int) -
 
 
 def measure(
-    model: Path | None, device: str, precision: str, batch: int, threads: int | None, passes: int
+    model: Path | None, device: str, precision: str, batch: int, size: int, threads: int | None, passes: int
 ) -> dict[str, Any]:
-    """One setting: milliseconds a pass, tiles/s, mm²/s, GFLOP/s, peak memory, and the start of the process."""
+    """One setting: milliseconds a pass, tiles/s, mm²/s, GFLOP/s, peak memory, and the start of the process.
+
+    A `size` of 0 is the smallest.
+    """
     import numpy as np
 
     from nsam.runtime.engines import load
 
     engine = load(model, device, threads, precision=precision)  # type: ignore[arg-type]
     card = engine.card
-    shape = (batch, card.input.size, card.input.size, 3)
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)  # cost does not depend on content
+    size = size or card.input.size
+    images = np.random.default_rng(0).integers(
+        0, 256, (batch, size, size, 3), np.uint8
+    )  # cost does not depend on content
     engine.run(images)
     first = time.time() - float(os.environ.get("NSAM_BEGIN", "nan"))
     times_ms = []
@@ -115,25 +122,26 @@ def measure(
         engine.run(images)
         times_ms.append(1000 * (time.perf_counter() - begin))
     p50, p95, p99 = np.percentile(times_ms[WARM_UP:], [50, 95, 99])
-    kept_um = (card.input.size - 2 * card.post.tile_halo_px) * card.input.mpp
+    kept_um = (size - 2 * card.post.tile_halo_px) * card.input.mpp
     tiles = 1000 * batch / p50
     return {
         "engine": f"{device}:{precision}",
         "device": engine.device,
         "batch": batch,
+        "size": size,
         "p50_ms": p50,
         "p95_ms": p95,
         "p99_ms": p99,
         "tiles_per_s": tiles,
         "mm2_per_s": tiles * (kept_um / 1000) ** 2,
-        "gflop_per_s": tiles * 2 * multiplications(model) / 1e9,
+        "gflop_per_s": tiles * 2 * multiplications(model, size) / 1e9,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
         "start_to_first_result_s": first,
     }
 
 
-def multiplications(model: Path | None) -> int:
-    """Multiply-adds of matrix products and convolutions for one tile, from the graph's shapes."""
+def multiplications(model: Path | None, size: int) -> int:
+    """Multiply-adds of matrix products and convolutions for one tile of a size, from the graph's shapes."""
     import onnx
     from onnx import numpy_helper
 
@@ -141,7 +149,9 @@ def multiplications(model: Path | None) -> int:
 
     folder = model or Path(nsam.runtime.__file__).parent / "default_model"
     graph = onnx.load(folder / "model.onnx")
-    graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    for side, length in zip(graph.graph.input[0].type.tensor_type.shape.dim, (1, size, size, 3), strict=True):
+        side.dim_value = length
+    del graph.graph.value_info[:]
     graph = onnx.shape_inference.infer_shapes(graph, data_prop=True)
     values = [*graph.graph.value_info, *graph.graph.output, *graph.graph.input]
     shapes = {v.name: [max(1, d.dim_value) for d in v.type.tensor_type.shape.dim] for v in values}
@@ -184,19 +194,19 @@ def matrix_rate(threads: int | None) -> float:
 
 def show(result: dict[str, Any], old: dict[str, Any] | None) -> None:
     """The table; with an earlier run's, the ratio of its p50 to this one's."""
-    before = {(row["engine"], row["batch"]): row["p50_ms"] for row in old["rows"]} if old else {}
+    before = {(row["engine"], row["batch"], row["size"]): row["p50_ms"] for row in old["rows"]} if old else {}
     print(f"{result['machine']['cpu']}; a 2048 x 2048 fp32 product: {result['fp32_matrix_gflop_per_s']:.0f} GFLOP/s\n")
-    head = "| engine | batch | p50 ms | p95 | p99 | tiles/s | mm²/s | GFLOP/s | of peak | MB | start s |"
+    head = "| engine | batch | tile px | p50 ms | p95 | p99 | tiles/s | mm²/s | GFLOP/s | of peak | MB | start s |"
     print(head + (" speed-up |" if old else ""))
     print("|---" * (head.count("|") - 1 + bool(old)) + "|")
     for r in result["rows"]:
         line = (
-            f"| {r['engine']} | {r['batch']} | {r['p50_ms']:.0f} | {r['p95_ms']:.0f} | {r['p99_ms']:.0f} "
+            f"| {r['engine']} | {r['batch']} | {r['size']} | {r['p50_ms']:.0f} | {r['p95_ms']:.0f} | {r['p99_ms']:.0f} "
             f"| {r['tiles_per_s']:.2f} | {r['mm2_per_s']:.4f} | {r['gflop_per_s']:.0f} | {r['share_of_peak']:.2f} "
             f"| {r['peak_mb']:.0f} | {r['start_to_first_result_s']:.1f} |"
         )
         if old:
-            ratio = before.get((r["engine"], r["batch"]), float("nan")) / r["p50_ms"]
+            ratio = before.get((r["engine"], r["batch"], r["size"]), float("nan")) / r["p50_ms"]
             line += f" {ratio:.2f} |"
         print(line)
     for line in result["missing"]:
@@ -211,7 +221,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 0.5 + 0.4 * len(rows)))
-    axes.barh([f"{row['engine']}, batch {row['batch']}" for row in rows], [row["mm2_per_s"] for row in rows])
+    names = [f"{row['engine']}, {row['batch']} of {row['size']} px" for row in rows]
+    axes.barh(names, [row["mm2_per_s"] for row in rows])
     axes.set_xlabel("mm² of tissue a second (network alone)")
     axes.invert_yaxis()
     figure.tight_layout()

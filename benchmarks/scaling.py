@@ -137,8 +137,9 @@ def measure(case: Case, device: Device, slide: Path) -> dict[str, Any]:
         )
         job = Job.of(settings, engines.read_card())
         engine = job.engine()
-        size = engine.card.input.size
-        engine.run(np.zeros((settings.batch, size, size, 3), np.uint8))
+        with job.opened(Source(slide)) as (_, frame, _):
+            size = frame.tile_px
+        engine.run(np.zeros((engine.card.input.scaled(settings.batch, size), size, size, 3), np.uint8))
         open_slide(slide).close()  # imports the readers
         before = peak_mb()
         wall, cpu = time.perf_counter(), time.process_time()

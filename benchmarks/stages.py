@@ -69,8 +69,8 @@ def run(slide: Path, settings: Settings) -> dict[str, Any]:
     """All figures of one run."""
     work = job.Job.of(settings, engines.read_card(settings.model))
     engine = work.engine()
-    side = engine.card.input.size
-    engine.run(np.zeros((settings.batch, side, side, 3), np.uint8))
+    for size in engine.card.input.sizes:
+        engine.run(np.zeros((engine.card.input.scaled(settings.batch, size), size, size, 3), np.uint8))
     import_module("nsam.runtime.readers")  # late in the runtime: the first slide alone would pay for it
     watch = Watch()
     attach(watch, engine)

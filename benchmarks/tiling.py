@@ -32,14 +32,16 @@ REGIONS = (
     ("instanseg_HE_example.tif", 0.5, (240, 300)),
 )
 SIDE_UM = 448.0
-#: Tile, halo, tiles a pass, and how far the grid is shifted, input px. The first is what ships.
+#: Tile, halo, tiles a pass, and how far the grid is shifted, input px. Those of 32 px are what ships, each
+#: for the slides that it suits.
 CUTS = (
     (448, 32, 4, 0),
-    (448, 32, 1, 0),
+    (672, 32, 1, 0),
     (448, 32, 4, 111),
     (448, 0, 4, 0),
     (448, 112, 4, 0),  # steps of 224, the period of the windows
     (896, 32, 1, 0),
+    (1120, 32, 1, 0),
     (896, 112, 1, 0),
 )
 
@@ -91,7 +93,7 @@ def segment(
 ) -> tuple[NDArray[np.int32], float]:
     """Labels of the image under a cut, and seconds."""
     size, halo, batch, shift = cut
-    card = replace(card, input=replace(card.input, size=size), post=replace(card.post, tile_halo_px=halo))
+    card = replace(card, input=replace(card.input, sizes=(size,)), post=replace(card.post, tile_halo_px=halo))
     pad = round(shift * card.input.mpp / mpp)
     shifted = np.pad(image, ((pad, 0), (pad, 0), (0, 0)), mode="reflect")  # as the runtime mirrors at an edge
     begin = time.perf_counter()

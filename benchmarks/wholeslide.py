@@ -57,12 +57,16 @@ def main(tissue: Path, folder: Path, side: int, height: int | None, device: str,
 def run(slide: Path, out: Path, device: str) -> dict[str, Any]:
     """One run of `nsam-infer` in this process, with its stages watched."""
     from nsam.runtime import batch, engines, pipeline
+    from nsam.runtime.inputs import Source
     from nsam.runtime.job import Job
     from nsam.runtime.settings import Settings
 
     settings = Settings(inputs=(str(slide),), out=out, device=device)  # type: ignore[arg-type]
-    engine = Job.of(settings, engines.read_card()).engine()
-    before = seconds_per_tile(engine)
+    job = Job.of(settings, engines.read_card())
+    engine = job.engine()
+    with job.opened(Source(slide)) as (_, frame, _):
+        size = frame.tile_px
+    before = seconds_per_tile(engine, size, settings.batch)
     watch = Watch()
     watch.function(pipeline, "read_input", "read")
     watch.function(pipeline, "haematoxylin", "read")
@@ -74,14 +78,14 @@ def run(slide: Path, out: Path, device: str) -> dict[str, Any]:
     cpu = {name: stage.cpu_s for name, stage in watch.stages.items()}
     cpu["assemble and write, tissue mask"] = time.thread_time() - own_begin
     cpu["network"] = cpu_all - sum(cpu.values())
-    after = seconds_per_tile(engine)
+    after = seconds_per_tile(engine, size, settings.batch)
     done = json.loads((out / slide.stem / "slide.json").read_text(encoding="utf-8"))
     tiles = done["tiles"] - done["tiles_skipped"]
     alone = tiles * (before + after) / 2
-    size = sum(path.stat().st_size for path in (out / slide.stem).iterdir())
+    written = sum(path.stat().st_size for path in (out / slide.stem).iterdir())
     return {
         "device": engine.device,
-        "tiles": f"{tiles} of {done['tiles']}",
+        "tiles": f"{tiles} of {done['tiles']}, of {size} px",
         "nuclei": done["nuclei"],
         "cut_by_halo": done["cut_by_halo"],
         "mm2 in the region": done["region_mm2"],
@@ -91,20 +95,21 @@ def run(slide: Path, out: Path, device: str) -> dict[str, Any]:
         "beyond it": seconds / alone - 1,
         "network before, after, ms": f"{1000 * before:.1f}, {1000 * after:.1f}",
         "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "results, MB": size / 1e6,
+        "results, MB": written / 1e6,
         **{f"CPU: {name}": f"{value:.1f} s, {value / cpu_all:.1%}" for name, value in cpu.items()},
     }
 
 
-def seconds_per_tile(engine: Any) -> float:
-    """Of the network with nothing beside it."""
-    side = engine.card.input.size
-    images = np.random.default_rng(0).integers(120, 250, (4, side, side, 3), dtype=np.uint8)
+def seconds_per_tile(engine: Any, size: int, batch: int) -> float:
+    """Of the network with nothing beside it, tiles in batches as in a run."""
+    batch = engine.card.input.scaled(batch, size)
+    passes = max(1, engine.card.input.scaled(_TRIAL_TILES, size) // batch)
+    images = np.random.default_rng(0).integers(120, 250, (batch, size, size, 3), dtype=np.uint8)
     engine.run(images)
     begin = time.perf_counter()
-    for _ in range(_TRIAL_TILES // 4):
+    for _ in range(passes):
         engine.run(images)
-    return (time.perf_counter() - begin) / _TRIAL_TILES
+    return (time.perf_counter() - begin) / (passes * batch)
 
 
 def write_mosaic(tissue: Path, path: Path, width: int, height: int) -> None:

@@ -29,7 +29,7 @@ from nsam.train.checkpoint import load_fold
 from nsam.train.data import Sample, find_extra, find_samples
 from nsam.train.evaluate import TorchEngine, draft_card
 from nsam.train.exported import BASE_NAME, write_base
-from nsam.train.model import NucleusNet
+from nsam.train.model import WINDOW, NucleusNet
 from nsam.train.settings import Settings as Trained
 
 PACKAGES = ("nsam", "torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
@@ -68,13 +68,15 @@ def build(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
 
 
 def _draft(settings: Settings, trained: Trained, metrics: dict[str, Any]) -> ModelCard:
-    """The run's card, with the tile that was asked for."""
+    """The run's card, with the tiles that were asked for."""
     card = draft_card(trained, PostSpec(**metrics["post"]))
-    size = card.input.size if settings.tile is None else settings.tile
+    sizes = tuple(sorted(set(settings.tile))) or card.input.sizes
     halo = card.post.tile_halo_px if settings.tile_halo is None else settings.tile_halo
-    if size <= 2 * halo:
-        raise InputError(f"`--tile-halo` must be less than half a tile of {size} px, is {halo}")
-    return replace(card, input=replace(card.input, size=size), post=replace(card.post, tile_halo_px=halo))
+    if sizes[0] <= 2 * halo:
+        raise InputError(f"`--tile-halo` must be less than half a tile of {sizes[0]} px, is {halo}")
+    if len(sizes) > 1 and any(size % WINDOW for size in sizes):
+        raise InputError(f"`--tile`: several sizes must be multiples of {WINDOW}, are {sizes}")
+    return replace(card, input=replace(card.input, sizes=sizes), post=replace(card.post, tile_halo_px=halo))
 
 
 def _build_in(
@@ -88,7 +90,8 @@ def _build_in(
     out.mkdir()
     validation = fold_samples(settings, "validation")
     chain = Chain(
-        real_tiles(validation, card, settings.tiles),
+        real_tiles(validation, card, card.input.size, settings.tiles),
+        [real_tiles(validation, card, size, 1) for size in card.input.sizes[1:]],
         spread(validation, settings.images),
         out,
         force=settings.force,
@@ -107,7 +110,7 @@ def _build_in(
     merged = load_merged(settings.fold_dir)
     chain.prove("torch", "merged", TorchEngine(merged, card, cpu), rewrites_only=True)
     graphs = {"exported": scratch / "exported.onnx", "simplified": scratch / "simplified.onnx"}
-    export_onnx(merged, card.input.size, graphs["exported"])
+    export_onnx(merged, card.input.sizes, graphs["exported"])
     chain.prove("merged", "exported", load_graph(graphs["exported"]), rewrites_only=True)
     problem = simplify(graphs["exported"], graphs["simplified"])
     if problem:
@@ -131,7 +134,7 @@ def _build_in(
     if "bf16" in settings.precisions and prove_bf16(graphs[fp32], chain, fp32, load_graph, say):
         proven.append("bf16")
     if "int8" in settings.precisions:
-        tiles = real_tiles(fold_samples(settings, "train"), card, settings.calibration)
+        tiles = real_tiles(fold_samples(settings, "train"), card, card.input.size, settings.calibration)
         int8, details["int8"] = make_int8(graphs[fp32], scratch, chain, fp32, load_graph, tiles, say)
         if int8:
             graphs["int8"] = int8

@@ -53,7 +53,10 @@ def check(model_dir: Path, say: Callable[[str], None] = lambda line: None) -> No
             continue
         check_graph(model_dir / name)
         # fp16's nodes are for GPUs; here ONNX Runtime's CPU provider runs them, in fp32.
-        engine = OnnxEngine(model_dir / name, card, "cpu", entry.precision, available_cores())
+        engine, *larger = (
+            OnnxEngine(model_dir / name, card, "cpu", entry.precision, available_cores(), size)
+            for size in card.input.sizes
+        )
         alone = engine.run(tile)[0]
         for batch in BATCHES:
             images = np.zeros((batch, *tile.shape[1:]), np.uint8)
@@ -66,6 +69,10 @@ def check(model_dir: Path, say: Callable[[str], None] = lambda line: None) -> No
         shown = f"maps within {apart:.2g} of the reference, PQ of its {nuclei.max()} nuclei {agreement:.4f}"
         if agreement < LEAST_AGREEMENT:
             raise ModelError(f"`{model_dir / name}`: {shown}, must be at least {LEAST_AGREEMENT}")
+        for size, other in zip(card.input.sizes[1:], larger, strict=True):
+            side = size // card.output.stride
+            if other.run(np.zeros((1, size, size, 3), np.uint8)).shape[2:] != (side, side):
+                raise ModelError(f"`{model_dir / name}`: does not take tiles of {size} px, as its card says")
         say(f"{name} on {engine.device}: batches of {', '.join(map(str, BATCHES))} agree; {shown}")
 
 

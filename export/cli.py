@@ -46,7 +46,13 @@ from nsam.runtime.options import names_of
 @click.option("--licence", default="Apache-2.0", help="Licence in the card.")
 @click.option("--attribution", default="", help="Training data and their licence, for the card.")
 @click.option("--limits", default="", help="What the model is not for, for the card.")
-@click.option("--tile", type=int, help="Side of a tile, px, a multiple of 32. [default: the run's]")
+@click.option(
+    "--tile",
+    type=int,
+    multiple=True,
+    help="Side of a tile, px; once for each size that the model shall take: one multiple of 32, or several of 224. "
+    "[default: the run's]",
+)
 @click.option("--tile-halo", type=click.IntRange(0), help="Px thrown away at a tile's sides. [default: the run's]")
 @click.option(
     "--store", type=click.Choice(["fp32", "fp16"]), default="fp32", help="Weights of model.onnx; fp16 halves the file."

@@ -6,14 +6,16 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from nsam.runtime.card import SIZE_DIMENSION
 from nsam.runtime.errors import ModelError
-from nsam.train.model import NucleusNet
+from nsam.train.model import WINDOW, NucleusNet
 
 OPSET = 18  # TensorRT 10 and ONNX Runtime read it whole; from 23 on the exporter writes Attention, which TensorRT lacks
 SIMPLIFY_SECONDS = 600
@@ -29,16 +31,22 @@ onnx.save(model, sys.argv[2])
 """
 
 
-def export_onnx(model: NucleusNet, size: int, path: Path) -> None:
-    """Write the network as ONNX with a dynamic batch and a fixed tile side.
+def export_onnx(model: NucleusNet, sizes: tuple[int, ...], path: Path) -> None:
+    """Write the network as ONNX with a dynamic batch, and a dynamic tile side where there are several.
+
+    A runtime fixes the side when it loads the graph, and then runs it as fast as one that was written so.
 
     Args:
         model: merged, in eval mode, on the CPU.
-        size: side of a tile, px.
+        sizes: sides of the tiles, px; of several all are multiples of `WINDOW`.
         path: where to write.
     """
     # With an example batch of 1 the exporter would take N = 1 for a constant.
-    example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    example = torch.zeros(2, sizes[-1], sizes[-1], 3, dtype=torch.uint8)
+    dynamic: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=1024)}
+    if len(sizes) > 1:
+        windows = torch.export.Dim("windows", min=1, max=64)
+        dynamic |= {1: WINDOW * windows, 2: WINDOW * windows}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
         torch.onnx.export(
@@ -49,11 +57,21 @@ def export_onnx(model: NucleusNet, size: int, path: Path) -> None:
             output_names=["maps"],
             opset_version=OPSET,
             dynamo=True,
-            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=1024)}},
+            dynamic_shapes={"images": dynamic},
             external_data=False,
             verbose=False,
         )
+    if len(sizes) > 1:
+        name_sizes(path)
     check_graph(path)
+
+
+def name_sizes(path: Path) -> None:
+    """Give height and width of the input the name by which runtimes fix them."""
+    model = onnx.load(path)
+    for side in model.graph.input[0].type.tensor_type.shape.dim[1:3]:
+        side.dim_param = SIZE_DIMENSION
+    onnx.save(model, path)
 
 
 def simplify(source: Path, target: Path) -> str | None:

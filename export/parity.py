@@ -37,7 +37,7 @@ class Link:
     max: float  # of |difference| over all maps, the logit as a probability
     p999: float
     mean: float
-    worst_tile: int  # the one with the largest difference
+    worst_tile: int  # of the smallest size, the one with the largest difference
     metrics: dict[str, float]  # |difference| of Dice, AJI and PQ, mean of the images
     gate: str
     passed: bool
@@ -54,6 +54,7 @@ class Chain:
     def __init__(
         self,
         tiles: NDArray[np.uint8],
+        larger: Sequence[NDArray[np.uint8]],
         samples: Sequence[Sample],
         pictures: Path,
         *,
@@ -62,13 +63,15 @@ class Chain:
     ) -> None:
         """
         Args:
-            tiles: (N, S, S, 3) uint8, real tissue.
+            tiles: (N, S, S, 3) uint8, real tissue, in the smallest size.
+            larger: the same in the other sizes, a tile of each.
             samples: labelled images for Dice, AJI and PQ.
             pictures: folder for the worst tile of each link that can be seen to differ.
             force: a failed gate is kept in the links and raises nothing.
             say: takes a line for each link.
         """
         self.tiles = tiles
+        self._larger = larger
         self.samples = samples
         self.links: list[Link] = []
         self._pictures = pictures
@@ -78,11 +81,11 @@ class Chain:
         self._scores: dict[str, dict[str, float]] = {}
 
     def add(self, name: str, engine: Engine) -> None:
-        """Run an engine over tiles, in batches of 1, 2 and 5, and over images."""
+        """Run an engine over tiles, in batches of 1, 2 and 5, over one of each larger size, and over images."""
         self._maps[name] = [
             np.concatenate([engine.run(self.tiles[i : i + batch]) for i in range(0, len(self.tiles), batch)])
             for batch in BATCHES
-        ]
+        ] + [engine.run(tiles) for tiles in self._larger]
         self._scores[name] = mean_and_pooled(score for _, score in score_samples(self.samples, engine))[0]
 
     def prove(self, before: str, after: str, engine: Engine, *, rewrites_only: bool) -> Link:
@@ -100,8 +103,10 @@ class Chain:
         """`prove` without a verdict's consequences: for what may be left out."""
         self.add(after, engine)
         pairs = zip(self._maps[before], self._maps[after], strict=True)
-        differences = np.stack([np.abs(_activated(a) - _activated(b)) for a, b in pairs])  # (batches, N, C, h, w)
-        largest = float(differences.max())
+        differences = [np.abs(_activated(a) - _activated(b)) for a, b in pairs]  # each (N, C, h, w)
+        every = np.concatenate([part.ravel() for part in differences])
+        of_tiles = np.max([part.max(axis=(1, 2, 3)) for part in differences[: len(BATCHES)]], axis=0)
+        largest = float(every.max())
         metrics = {n: abs(self._scores[before][n] - self._scores[after][n]) for n in TASK_METRICS}
         if rewrites_only:
             gate, passed = f"maps to {MAPS_GATE:g}", largest <= MAPS_GATE
@@ -111,9 +116,9 @@ class Chain:
             before,
             after,
             largest,
-            float(np.quantile(differences, 0.999)),
-            float(differences.mean()),
-            int(differences.max(axis=(0, 2, 3, 4)).argmax()),
+            float(np.quantile(every, 0.999)),
+            float(every.mean()),
+            int(of_tiles.argmax()),
             metrics,
             gate,
             passed,
@@ -151,9 +156,8 @@ def _sigmoid(logit: NDArray[np.float32]) -> NDArray[np.float32]:
     return result
 
 
-def real_tiles(samples: Sequence[Sample], card: ModelCard, count: int = 8) -> NDArray[np.uint8]:
-    """Tiles (count, S, S, 3) uint8 as the runtime reads them, from images spread evenly over `samples`."""
-    size = card.input.size
+def real_tiles(samples: Sequence[Sample], card: ModelCard, size: int, count: int) -> NDArray[np.uint8]:
+    """Tiles (count, size, size, 3) uint8 as the runtime reads them, from images spread evenly over `samples`."""
     tiles = []
     for sample in spread(samples, count):
         with open_slide(sample.image) as slide:

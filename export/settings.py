@@ -24,7 +24,7 @@ class Settings:
     licence: str = "Apache-2.0"
     attribution: str = ""  # whose data it was trained on, and under which licence
     limits: str = ""  # what the model is not for, and where it was never tried
-    tile: int | None = None  # side of a tile, px; None: as the run validated. Large ones pay off on slides only
+    tile: tuple[int, ...] = ()  # sides of the tiles, px; empty: as the run validated
     tile_halo: int | None = None  # px thrown away at a tile's sides; (tile - 2 halo) / 224 whole: windows coincide
     store: str = "fp32"  # weights of model.onnx: fp16 halves the file, arithmetic stays fp32
     precisions: tuple[str, ...] = PRECISIONS  # which to prove, and make files of
@@ -36,5 +36,6 @@ class Settings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.tile is not None and (self.tile < 32 or self.tile % 32):
-            raise InputError(f"`--tile` must be a multiple of 32, is {self.tile}")
+        for size in self.tile:
+            if size < 32 or size % 32:
+                raise InputError(f"`--tile` must be a multiple of 32, is {size}")

@@ -19,17 +19,29 @@ from nsam.runtime.errors import ModelError
 SAM_MEAN = (123.675, 116.28, 103.53)
 SAM_STD = (58.395, 57.12, 57.375)
 
+#: What the graph's input calls its height and width where it takes several sizes.
+SIZE_DIMENSION = "size"
+
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What the network takes: uint8 (N, size, size, 3) at `mpp` micrometres per pixel."""
+    """What the network takes: uint8 (N, size, size, 3) at `mpp` micrometres per pixel, `size` one of `sizes`."""
 
-    size: int = 448
+    sizes: tuple[int, ...] = (448, 672, 896, 1120)  # ascending; each slide's cut takes the one that suits it
     mpp: float = 0.25
     multiple_of: int = 32
     mean: tuple[float, float, float] = SAM_MEAN
     std: tuple[float, float, float] = SAM_STD
     colour_order: str = "RGB"
+
+    @property
+    def size(self) -> int:
+        """The smallest, in which proofs and timings are told."""
+        return self.sizes[0]
+
+    def scaled(self, batch: int, size: int) -> int:
+        """As many tiles of `size` as have the pixels of a batch of the smallest, but at least one."""
+        return max(1, batch * self.size**2 // size**2)
 
 
 @dataclass(frozen=True)
@@ -82,9 +94,15 @@ class ModelCard:
     failed_links: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.input.size <= 0 or self.input.size % self.input.multiple_of:
+        sizes = self.input.sizes
+        if (
+            not sizes
+            or list(sizes) != sorted(set(sizes))
+            or sizes[0] <= 0
+            or any(size % self.input.multiple_of for size in sizes)
+        ):
             raise ModelError(
-                f"card field `input.size`: must be a multiple of {self.input.multiple_of}, is {self.input.size}"
+                f"card field `input.sizes`: must be multiples of {self.input.multiple_of}, ascending, are {sizes}"
             )
         if not 0.05 <= self.input.mpp <= 4:
             raise ModelError(f"card field `input.mpp`: must lie in .05 to 4 µm/px, is {self.input.mpp}")
@@ -94,13 +112,13 @@ class ModelCard:
             raise ModelError(f"card field `output.channels`: must begin with nucleus, is {self.output.channels}")
         if len(self.output.kinds) != len(self.output.channels):
             raise ModelError("card field `output.kinds`: must have one entry for each channel")
-        if self.output.stride < 1 or self.input.size % self.output.stride:
-            raise ModelError(f"card field `output.stride`: must divide {self.input.size}, is {self.output.stride}")
+        if self.output.stride < 1 or any(size % self.output.stride for size in sizes):
+            raise ModelError(f"card field `output.stride`: must divide {sizes}, is {self.output.stride}")
         halo = self.post.tile_halo_px
-        if halo < 0 or halo % self.output.stride or 2 * halo >= self.input.size:
+        if halo < 0 or halo % self.output.stride or 2 * halo >= sizes[0]:
             raise ModelError(
-                "card field `post.tile_halo_px`: must be a multiple of the stride and less than half the tile, "
-                f"is {halo}"
+                "card field `post.tile_halo_px`: must be a multiple of the stride and less than half of "
+                f"{sizes[0]} px, is {halo}"
             )
 
     def to_json(self) -> str:
@@ -208,6 +226,6 @@ def _fits(value: Any, annotation: str) -> bool:
         return isinstance(value, str)
     if annotation == "tuple[float, float, float]":
         return isinstance(value, tuple) and len(value) == 3 and all(_fits(v, "float") for v in value)
-    if annotation == "tuple[str, ...]":
-        return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+    if annotation in ("tuple[str, ...]", "tuple[int, ...]"):
+        return isinstance(value, tuple) and all(_fits(v, annotation[6:9]) for v in value)
     return True

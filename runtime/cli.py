@@ -109,7 +109,7 @@ def _roi(
     type=click.IntRange(1, 256),
     default=Settings.batch,
     show_default=True,
-    help="Tiles the network takes at once; more need more memory.",
+    help="Tiles of the smallest size that the network takes at once; more need more memory.",
 )
 @click.option(
     "--tta",

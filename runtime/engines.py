@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nsam.runtime.bysize import BySize
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import DeviceError, ModelError, UnfitError
 from nsam.runtime.settings import Device, Precision
@@ -43,7 +45,7 @@ class Engine(Protocol):
         """Maps of a batch of tiles.
 
         Args:
-            images: (N, size, size, 3) uint8 RGB, `size` and scale as in `card.input`.
+            images: (N, size, size, 3) uint8 RGB, `size` one of `card.input.sizes`, at its scale.
 
         Returns:
             (N, C, size / stride, size / stride) float32 as in `card.output`.
@@ -110,14 +112,14 @@ def _engine(model_dir: Path, card: ModelCard, device: str, threads: int, wanted:
     for precision in proven if wanted == "auto" else [wanted]:
         path = card.verify_file(model_dir, FILES[precision])
         try:
-            return make(path, card, device, precision, threads)
+            return BySize(partial(make, path, card, device, precision, threads), card.input.size)
         except UnfitError:
             if precision == wanted:
                 raise
     raise AssertionError("fp32, the last one, is had or raises")
 
 
-def _maker(device: str) -> Callable[[Path, ModelCard, str, str, int], Engine]:
+def _maker(device: str) -> Callable[[Path, ModelCard, str, str, int, int], Engine]:
     """The engine class of a device, imported only when it is asked for."""
     if device == "openvino":
         from nsam.runtime.openvino_engine import OpenvinoEngine
@@ -161,6 +163,7 @@ def check_embedded(path: Path, card: ModelCard, embedded: str | None) -> None:
 def check_tensors(
     path: Path,
     card: ModelCard,
+    size: int,
     inputs: list[tuple[str, str, tuple[int | None, ...]]],
     outputs: list[tuple[str, str, tuple[int | None, ...]]],
 ) -> None:
@@ -169,18 +172,22 @@ def check_tensors(
     Args:
         path: for the message.
         card: the card.
+        size: side of the tiles that it is to take; what is dynamic in the graph takes any.
         inputs, outputs: (name, `uint8` or `float32`, shape with None for what is dynamic) of each tensor.
 
     Raises:
         ModelError: naming the side.
     """
-    size, stride = card.input.size, card.output.stride
+    side_out = size // card.output.stride
     expected = {
         "input": ("image", "uint8", (size, size, 3)),
-        "output": ("maps", "float32", (len(card.output.channels), size // stride, size // stride)),
+        "output": ("maps", "float32", (len(card.output.channels), side_out, side_out)),
     }
     for side, tensors in (("input", inputs), ("output", outputs)):
-        found = [(name, kind, shape[1:]) for name, kind, shape in tensors]
+        found = [
+            (name, kind, tuple(e if f is None else f for f, e in zip(shape[1:], expected[side][2], strict=False)))
+            for name, kind, shape in tensors
+        ]
         if found != [expected[side]]:
             raise ModelError(f"`{path}`: by card field `{side}` the graph's is {expected[side]}, it has {found}")
         if tensors[0][2][0] is not None:

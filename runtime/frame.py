@@ -15,6 +15,9 @@ from nsam.runtime.tiles import Block, Box, Grid, Tile, blocks, map_span, tile_ro
 #: slide 60,000 px wide).
 BLOCK_PX = 1024
 
+#: What the maps of a row of tiles may take in memory, where a smaller tile would do; several rows are held at a time.
+ROW_BYTES = 125_000_000
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -55,7 +58,22 @@ class Frame:
     @cached_property
     def tiles(self) -> list[list[Tile]]:
         """Rows of the network's tiles, top to bottom."""
-        return list(tile_rows(self.grid.input_wh, self.card.input.size, self.card.post.tile_halo_px))
+        return self._cut(self.tile_px)
+
+    @cached_property
+    def tile_px(self) -> int:
+        """Side of the network's tiles, input px: the one that gives the network the fewest pixels.
+
+        Large tiles throw less of their sides away; small ones fit a small image or the borders of tissue better.
+        """
+        smallest, *larger = self.card.input.sizes
+        row_px = self.grid.map_wh[0] / self.card.output.stride
+        bytes_each = 4 * (len(self.card.output.channels) + 1) * row_px
+        sizes = [smallest, *(size for size in larger if size * bytes_each <= ROW_BYTES)]
+        return min(sizes, key=lambda size: size**2 * sum(len(self.wanted(row)) for row in self._cut(size)))
+
+    def _cut(self, size: int) -> list[list[Tile]]:
+        return list(tile_rows(self.grid.input_wh, size, self.card.post.tile_halo_px))
 
     def wanted(self, row: list[Tile]) -> list[Tile]:
         """The tiles of a row that can change a nucleus in the region: the others are not worth a pass."""

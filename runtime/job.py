@@ -102,6 +102,7 @@ class Job:
             "area_mm2": width * height * mpp**2 / 1e6,
             "region_mm2": region_mm2,  # the part that was worked on: tissue, the mask or the rectangle
             "nuclei_per_mm2": found["nuclei"] / region_mm2 if region_mm2 else 0.0,
+            "tile_px": frame.tile_px,  # side of the network's tiles, px at the model's scale
             "tiles": tiles,
             "tiles_skipped": tiles - frame.tiles_wanted,
             "seconds": round(time.monotonic() - start, 3),

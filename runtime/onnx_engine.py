@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nsam.runtime.card import ModelCard
+from nsam.runtime.card import SIZE_DIMENSION, ModelCard
 from nsam.runtime.engines import check_embedded, check_tensors
 from nsam.runtime.errors import DeviceError, ModelError, first_line
 
@@ -18,27 +18,27 @@ _PROVIDERS = {
     "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
 }
 _KINDS = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
-#: Tiles a pass that TensorRT's engine is built for; more are refused by it.
-_LARGEST_BATCH = 64
+#: Tiles of the smallest size for which TensorRT's engine is built; more are refused by it.
+_BATCHES = {"min": 1, "opt": 8, "max": 64}
 
 
 class OnnxEngine:
     """A graph in an ONNX Runtime session."""
 
-    def __init__(self, path: Path, card: ModelCard, device: str, precision: str, threads: int) -> None:
-        """Load and check.
+    def __init__(self, path: Path, card: ModelCard, device: str, precision: str, threads: int, size: int) -> None:
+        """Load for tiles of a size, and check.
 
         Raises:
             ModelError: the graph cannot be loaded or does not fit the card.
             DeviceError: ONNX Runtime is missing, or has not this device.
         """
         self.card = card
-        self._session = _session(path, card, device, threads)
+        self._session = _session(path, card, device, threads, size)
         sides = (
             [(t.name, _KINDS.get(t.type, t.type), _shape(t.shape)) for t in tensors]
             for tensors in (self._session.get_inputs(), self._session.get_outputs())
         )
-        check_tensors(path, card, *sides)
+        check_tensors(path, card, size, *sides)
         check_embedded(path, card, self._session.get_modelmeta().custom_metadata_map.get("nsam_card"))
         version = ".".join(_onnxruntime().__version__.split(".")[:2])
         cores = f", {threads} threads" if device == "cpu" else ""
@@ -66,7 +66,7 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _session(path: Path, card: ModelCard, device: str, threads: int) -> Any:
+def _session(path: Path, card: ModelCard, device: str, threads: int, size: int) -> Any:
     """A session that really has the device."""
     ort = _onnxruntime()
     providers: list[Any] = list(_PROVIDERS[device])
@@ -79,9 +79,10 @@ def _session(path: Path, card: ModelCard, device: str, threads: int) -> Any:
     if device != "cpu" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN from pip's packages
     if device == "tensorrt":
-        providers[0] = (first, _tensorrt_options(path, card))
+        providers[0] = (first, _tensorrt_options(path, card, size))
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_free_dimension_override_by_name(SIZE_DIMENSION, size)
     # Threads that spin while they wait take the cores from reading and separating.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
@@ -96,10 +97,10 @@ def _session(path: Path, card: ModelCard, device: str, threads: int) -> Any:
     return session
 
 
-def _tensorrt_options(path: Path, card: ModelCard) -> dict[str, str]:
+def _tensorrt_options(path: Path, card: ModelCard, size: int) -> dict[str, str]:
     """One engine for all batches, kept beside the model: building takes minutes."""
-    side = card.input.size
-    shapes = {name: f"image:{n}x{side}x{side}x3" for name, n in (("min", 1), ("opt", 8), ("max", _LARGEST_BATCH))}
+    batches = {name: card.input.scaled(batch, size) for name, batch in _BATCHES.items()}
+    shapes = {name: f"image:{n}x{size}x{size}x3" for name, n in batches.items()}
     return {
         "trt_engine_cache_enable": "1",
         "trt_engine_cache_path": str(path.parent),

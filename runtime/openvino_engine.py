@@ -18,8 +18,8 @@ _KINDS = {"uint8_t": "uint8", "u8": "uint8", "float": "float32", "f32": "float32
 class OpenvinoEngine:
     """A graph compiled by OpenVINO for the CPU."""
 
-    def __init__(self, path: Path, card: ModelCard, device: str, precision: str, threads: int) -> None:
-        """Load and check.
+    def __init__(self, path: Path, card: ModelCard, device: str, precision: str, threads: int, size: int) -> None:
+        """Load for tiles of a size, and check.
 
         Raises:
             ModelError: the graph cannot be loaded or does not fit the card.
@@ -38,9 +38,12 @@ class OpenvinoEngine:
             model = core.read_model(path)
         except RuntimeError as error:
             raise ModelError(f"`{path}`: OpenVINO cannot load it ({first_line(error)})") from error
-        check_tensors(path, card, [_tensor(port) for port in model.inputs], [_tensor(port) for port in model.outputs])
+        check_tensors(
+            path, card, size, [_tensor(port) for port in model.inputs], [_tensor(port) for port in model.outputs]
+        )
         place = ["framework", "nsam_card"]
         check_embedded(path, card, model.get_rt_info(place).astype(str) if model.has_rt_info(place) else None)
+        model.reshape([-1, size, size, 3])
         # What an int8 graph does not quantise runs in bf16, too, where that can be had.
         hint = "f32" if precision == "fp32" or not has_bf16 else "bf16"
         hints = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}

@@ -52,7 +52,8 @@ def simplified_rings(nucleus: Nucleus, tolerance_px: float = 0.5) -> list[NDArra
     middles = [ring + _after(ring) for ring in _unit_steps(nucleus.mask)]
     exterior, *holes = [_points(cv2.approxPolyDP(ring, 2 * tolerance_px, True)) for ring in middles]
     simple = [exterior, *(hole for hole in holes if len(hole) > 2)]
-    if len(exterior) < 3 or not (len(simple) == 1 and _starlike(exterior)) and _cross(simple):
+    clear = len(simple) == 1 and _starlike(exterior)
+    if len(exterior) < 3 or (not clear and _cross(simple)):
         simple = middles
     return [_closed(ring / 2 + nucleus.bbox_xywh[:2]) for ring in simple]
 

@@ -54,7 +54,7 @@ def segment_slide(
         slide: an open slide.
         engine: the network.
         mpp: µm per level-0 px.
-        batch: tiles a pass of the network.
+        batch: tiles of the smallest size in a pass of the network; of larger ones as many as have their pixels.
         region: where nuclei are wanted; tiles that cannot change one there are skipped. None: everywhere.
         block_px: side of a post-processing block; the result does not depend on it.
         workers: threads that separate nuclei while the network runs on; the result does not depend on them.
@@ -124,6 +124,7 @@ def map_rows(
     The last is haematoxylin: made of the pixels that the network sees, so that the slide is read once.
     """
     stride = frame.card.output.stride
+    at_once = frame.card.input.scaled(batch, frame.tile_px)
     chosen = frame.tiles if rows is None else [frame.tiles[row] for row in rows]
     wanted = [frame.wanted(row) for row in chosen]
     # What a skipped tile would have said: no nucleus.
@@ -132,8 +133,8 @@ def map_rows(
     def batches() -> Iterator[tuple[list[Tile], NDArray[np.uint8], NDArray[np.float32]]]:
         # A batch ends with its row, so a tile's company, and with it the last bit of its maps, is always the same.
         for row in wanted:
-            for start in range(0, len(row), batch):
-                tiles = row[start : start + batch]
+            for start in range(0, len(row), at_once):
+                tiles = row[start : start + at_once]
                 images = np.stack([read_input(slide, tile.read, frame.grid) for tile in tiles])
                 yield tiles, images, haematoxylin(images, stride)
 

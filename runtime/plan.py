@@ -33,14 +33,16 @@ def dry_run(settings: Settings) -> int:
     sources = find_slides(settings.inputs, settings.mask_dir)
     job = Job.of(settings, engines.read_card(settings.model))
     engine = job.engine()
+    smallest = engine.card.input.size
     rate = tiles_per_second(engine, settings.batch)
-    click.echo(f"device: {engine.device}, {rate:.2g} tiles/s")
+    click.echo(f"device: {engine.device}, {rate:.2g} tiles of {smallest} px a second")
     tiles = failed = 0
-    disk = 0.0
+    disk = seconds = 0.0
     for source in sources:
         try:
             with job.opened(source) as (slide, frame, mpp_source):
                 wanted, area_px = frame.tiles_wanted, frame.region.area_px
+                needed = wanted * (frame.tile_px / smallest) ** 2 / rate
                 width, height = slide.size_wh
                 level = level_for(slide, frame.grid)
         except Failed as failure:
@@ -50,20 +52,20 @@ def dry_run(settings: Settings) -> int:
         total = sum(map(len, frame.tiles))
         nuclei = area_px * frame.mpp**2 / 1e6 * _NUCLEI_PER_MM2
         size = nuclei * _BYTES_PER_NUCLEUS + width * height * _BYTES_PER_PX
-        tiles, disk = tiles + wanted, disk + size
+        tiles, disk, seconds = tiles + wanted, disk + size, seconds + needed
         click.echo(
             f"{source.path}: {width} x {height} px, {frame.mpp:.4g} µm/px ({mpp_source}), level {level}, "
-            f"{wanted} of {total} tiles, about {_duration(wanted / rate)} and {size / 1e6:.0f} MB"
+            f"{wanted} of {total} tiles of {frame.tile_px} px, about {_duration(needed)} and {size / 1e6:.0f} MB"
         )
     click.echo(
         f"{len(sources) - failed} slides, {failed} would fail; {tiles} tiles, "
-        f"about {_duration(tiles / rate)} and {disk / 1e6:.0f} MB"
+        f"about {_duration(seconds)} and {disk / 1e6:.0f} MB"
     )
     return failed
 
 
 def tiles_per_second(engine: Engine, batch: int) -> float:
-    """The network's rate, by a trial of two seconds."""
+    """The network's rate with tiles of the smallest size, by a trial of two seconds."""
     images = np.full((batch, engine.card.input.size, engine.card.input.size, 3), 200, np.uint8)
     engine.run(images)  # the first pass allocates
     begin = time.perf_counter()

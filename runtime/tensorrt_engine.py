@@ -24,7 +24,7 @@ from nsam.runtime.errors import DeviceError
 
 _log = logging.getLogger(__name__)
 
-#: Batches of an engine: smallest, the one it is tuned for, largest; `run` cuts larger ones.
+#: Batches of an engine for the smallest tiles: least, the one it is tuned for, most; `run` cuts larger ones.
 BATCHES = (1, 8, 16)
 WORKSPACE_BYTES = 2 << 30  # of a T4's 16 GB
 _KINDS = {"UINT8": "uint8", "FLOAT": "float32"}
@@ -33,8 +33,8 @@ _KINDS = {"UINT8": "uint8", "FLOAT": "float32"}
 class TensorrtEngine:
     """A plan with pinned buffers and one stream."""
 
-    def __init__(self, path: Path, card: ModelCard, device: str, precision: str, threads: int) -> None:
-        """Load the plan for this GPU; build it, which takes minutes, where there is none.
+    def __init__(self, path: Path, card: ModelCard, device: str, precision: str, threads: int, size: int) -> None:
+        """Load the plan for this GPU and tiles of a size; build it, which takes minutes, where there is none.
 
         Raises:
             ModelError: the plan does not fit the card.
@@ -44,24 +44,24 @@ class TensorrtEngine:
         self.card = card
         self._cuda = cuda
         sm, gpu = _gpu(cuda)
-        plan = plan_for(path, card, trt, sm, gpu)
+        batches = [card.input.scaled(batch, size) for batch in BATCHES]
+        plan = plan_for(path, size, batches, trt, sm, gpu)
         logger = trt.Logger(trt.Logger.WARNING)
         self._runtime = trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
             raise DeviceError(f"`{plan}`: TensorRT {trt.__version__} cannot load it; delete it and it is built anew")
-        check_tensors(path, card, *_sides(trt, self._engine))
+        check_tensors(path, card, size, *_sides(trt, self._engine))
         self._context = self._engine.create_execution_context()
         self._stream = _checked(cuda, cuda.cudaStreamCreate())
-        size, largest = card.input.size, BATCHES[-1]
-        side = size // card.output.stride
-        self._images = _Buffer(cuda, (largest, size, size, 3), np.dtype(np.uint8))
-        self._maps = _Buffer(cuda, (largest, len(card.output.channels), side, side), np.dtype(np.float32))
+        self._most, side = batches[-1], size // card.output.stride
+        self._images = _Buffer(cuda, (self._most, size, size, 3), np.dtype(np.uint8))
+        self._maps = _Buffer(cuda, (self._most, len(card.output.channels), side, side), np.dtype(np.float32))
         self.device = f"tensorrt {precision} (TensorRT {trt.__version__}, {gpu})"
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `Engine.run`."""
-        parts = [self._run(images[i : i + BATCHES[-1]]) for i in range(0, len(images), BATCHES[-1])]
+        parts = [self._run(images[i : i + self._most]) for i in range(0, len(images), self._most)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -99,15 +99,15 @@ class _Buffer:
         _checked(self._cuda, self._cuda.cudaMemcpyAsync(target, source, size, kind, stream))
 
 
-def plan_for(path: Path, card: ModelCard, trt: Any, sm: int, gpu: str) -> Path:
-    """The plan of a graph for this GPU and this TensorRT, built if need be.
+def plan_for(path: Path, size: int, batches: list[int], trt: Any, sm: int, gpu: str) -> Path:
+    """The plan of a graph for tiles of a size, this GPU and this TensorRT, built if need be.
 
     It lies beside the model, or where that cannot be written in the user's cache.
 
     Raises:
         DeviceError: TensorRT cannot build it.
     """
-    name = f"model.sm{sm}-trt{trt.__version__}-b{BATCHES[-1]}-{card.input.size}.plan"
+    name = f"model.sm{sm}-trt{trt.__version__}-b{batches[-1]}-{size}.plan"
     graph = sha256_of(path)
     for folder in _homes(path.parent):
         plan = folder / name
@@ -119,7 +119,7 @@ def plan_for(path: Path, card: ModelCard, trt: Any, sm: int, gpu: str) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             cache = folder / f"model.sm{sm}-trt{trt.__version__}.timing"
-            content = build_plan(path, card, trt, cache)
+            content = build_plan(path, size, batches, trt, cache)
             _write(folder / name, content)
             about = {"graph_sha256": graph, "sha256": hashlib.sha256(content).hexdigest(), "gpu": gpu}
             _write(folder / f"{name}.json", (json.dumps(about, indent=2) + "\n").encode())
@@ -130,12 +130,13 @@ def plan_for(path: Path, card: ModelCard, trt: Any, sm: int, gpu: str) -> Path:
     raise DeviceError(f"`{path.parent}`: neither it nor the user's cache can hold the engine")
 
 
-def build_plan(path: Path, card: ModelCard, trt: Any, timing_cache: Path) -> bytes:
+def build_plan(path: Path, size: int, batches: list[int], trt: Any, timing_cache: Path) -> bytes:
     """Build a plan for the GPU at hand. The precision is the graph's own: typing is strong.
 
     Args:
         path: `model.onnx` or `model.fp16.onnx`.
-        card: for the tile's side.
+        size: side of the tiles, px.
+        batches: least, best and most tiles at once.
         trt: the tensorrt module, 10 or 11.
         timing_cache: read if it is there, written at the end: later builds are quicker.
 
@@ -157,8 +158,7 @@ def build_plan(path: Path, card: ModelCard, trt: Any, timing_cache: Path) -> byt
     cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
     config.set_timing_cache(cache, ignore_mismatch=True)
     profile = builder.create_optimization_profile()
-    size = card.input.size
-    profile.set_shape("image", *((n, size, size, 3) for n in BATCHES))
+    profile.set_shape("image", *((n, size, size, 3) for n in batches))
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:

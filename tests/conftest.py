@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nsam.runtime.card import FileEntry, InputSpec, ModelCard, PostSpec, sha256_of
+from nsam.runtime.card import SIZE_DIMENSION, FileEntry, InputSpec, ModelCard, PostSpec, sha256_of
 
 #: Grey of a disc and of what is around it; the tiny model's border lies half-way.
 DARK, LIGHT = 60, 255
@@ -58,7 +58,7 @@ TINY_CARD = ModelCard(
     name="tiny",
     version="1",
     licence="Apache-2.0",
-    input=InputSpec(size=64, mpp=0.25),
+    input=InputSpec(sizes=(64,), mpp=0.25),
     post=PostSpec(tile_halo_px=8),
 )
 
@@ -67,7 +67,8 @@ def write_tiny_model(folder: Path, card: ModelCard) -> Path:
     import onnx
     from onnx import TensorProto, helper
 
-    size, half = card.input.size, card.input.size // 2
+    several = len(card.input.sizes) > 1
+    size, half = (SIZE_DIMENSION, None) if several else (card.input.size, card.input.size // 2)
     middle = (DARK + LIGHT) / 2
     constants = {"middle": middle, "slope": 0.2, "light": float(LIGHT), "range": float(LIGHT)}
     graph = helper.make_graph(

@@ -62,7 +62,7 @@ def real(
     """All real slides; one tells no mpp, in its metadata or in the table."""
     folder = tmp_path_factory.mktemp("real")
     # Larger tiles than the tiny model's: there is more tissue than in drawings.
-    card = ModelCard(name="tiny", version="1", licence="Apache-2.0", input=InputSpec(size=256, mpp=0.25))
+    card = ModelCard(name="tiny", version="1", licence="Apache-2.0", input=InputSpec(sizes=(256,), mpp=0.25))
     model = make_tiny_model(folder / "model", card)
     slides = sorted((data_dir / "slides").iterdir())
     table = write_table(folder, {slide: 0.25 if slide.suffix == ".jpg" else None for slide in slides})

@@ -112,9 +112,9 @@ def test_file_that_is_no_graph(model: Path) -> None:
     ("change", "field"),
     [
         ({"post": PostSpec(tile_halo_px=8, nucleus_threshold=0.4)}, "post.nucleus_threshold"),
-        ({"input": InputSpec(size=64, mpp=0.5)}, "input.mpp"),
+        ({"input": InputSpec(sizes=(64,), mpp=0.5)}, "input.mpp"),
         ({"output": OutputSpec(kinds=("logit", "other"))}, "output.kinds"),
-        ({"input": InputSpec(size=96, mpp=0.25)}, "`input`"),
+        ({"input": InputSpec(sizes=(96,), mpp=0.25)}, "`input`"),
         ({"output": OutputSpec(channels=("nucleus",), kinds=("logit",))}, "`output`"),
         ({"output": OutputSpec(stride=4)}, "`output`"),
     ],
@@ -148,6 +148,35 @@ def spoil(model: Path, change: Callable[[Any], object]) -> None:
     change(graph)
     onnx.save(graph, model / "model.onnx")
     change_card(model, files={"model.onnx": FileEntry(sha256_of(model / "model.onnx"), "fp32")})
+
+
+@pytest.fixture(scope="module")
+def in_sizes(make_tiny_model: Callable[[Path, ModelCard], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that takes tiles of 64 and of 96 px."""
+    card = ModelCard("tiny", "1", "Apache-2.0", input=InputSpec(sizes=(64, 96)), post=PostSpec(tile_halo_px=8))
+    return make_tiny_model(tmp_path_factory.mktemp("in_sizes"), card)
+
+
+@pytest.mark.parametrize("device", ["cpu", "openvino"])
+def test_each_size_of_tile(in_sizes: Path, device: str) -> None:
+    pytest.importorskip({"cpu": "onnxruntime"}.get(device, device))
+    engine = load(in_sizes, device, precision="fp32")  # type: ignore[arg-type]
+    large = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), np.uint8)
+    maps = engine.run(large)
+    assert maps.shape == (2, 2, 48, 48)
+    np.testing.assert_allclose(engine.run(large[:, :64, :64]), maps[:, :, :32, :32], atol=1e-4)
+
+
+def test_a_graph_of_one_size_under_a_card_of_two(model: Path) -> None:
+    change_card(model, input=InputSpec(sizes=(64, 96)))
+    with pytest.raises(ModelError, match=r"input\.sizes"):
+        load(model, "cpu")
+
+
+@pytest.mark.parametrize("sizes", [(), (96, 64), (64, 64), (50,)])
+def test_sizes_of_a_card(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ModelError, match="must be multiples of 32, ascending"):
+        ModelCard("tiny", "1", "Apache-2.0", input=InputSpec(sizes=sizes))
 
 
 def images_of(n: int) -> Any:

@@ -149,7 +149,7 @@ def test_int8_runs_in_both_engines(default_model: Path, tmp_path: Path, monkeypa
         run(tmp_path / "int8.onnx", image=tiles),
         openvino.Core().compile_model(str(tmp_path / "int8.onnx"), "CPU")([tiles])[0],
     )
-    assert np.abs(quantised - other).mean() < np.abs(exact - quantised).mean(), "each engine has an error of its own"
+    assert np.abs(exact - other).mean() < 2 * np.abs(exact - quantised).mean(), "each engine has an error of its own"
 
 
 def test_the_most_sensitive_parts_are_left_out_first() -> None:

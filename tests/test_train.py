@@ -34,7 +34,7 @@ TINY = replace(
     base="none",
     tune="full",
     crop=32,
-    tile=64,
+    tiles=(64,),
     tile_halo=8,
     batch=2,
     steps=4,
@@ -121,7 +121,7 @@ def test_batchnorm_keeps_its_base_s_statistics() -> None:
 
 
 def test_the_seed_recipe_trains(tmp_path: Path, fold: Fold) -> None:
-    settings = replace(SEED, base="none", tune="full", crop=32, tile=64, tile_halo=8, steps=2, precision="fp32")
+    settings = replace(SEED, base="none", tune="full", crop=32, tiles=(64,), tile_halo=8, steps=2, precision="fp32")
     metrics = fit(settings, fold, config(tmp_path, settings), device=CPU)
     assert metrics is not None
     assert load_fold(tmp_path / "fold0")[0].output.channels == ("nucleus",)

@@ -199,9 +199,8 @@ def read_settings(config: Path) -> Settings:
     """
     try:
         saved = json.loads(config.read_text(encoding="utf-8"))["settings"]
-        saved["channels"] = tuple(saved["channels"])
-        return Settings(**saved)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"`{config}`: not the config of a training run ({error})") from error
 
 

@@ -32,6 +32,7 @@ UNUSED = (
     "mask_decoder.transformer.final_attn_token_to_image.",
 )
 Early = tuple[Tensor, Tensor, Tensor]  # (N, 32, H/2, W/2), (N, 64, H/4, W/4), (N, 128, H/8, W/8)
+WINDOW = 224  # px after which the encoder's windows repeat; sides of which it is no divisor need padded tokens
 MULTIPLE_OF = 32  # TinyViT halves its input five times before the last stage's stride is taken back
 
 

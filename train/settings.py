@@ -22,7 +22,7 @@ class Settings:
     # View
     mpp: float = 0.25  # µm/px at which the network sees tissue: slides scanned at 40x
     crop: int = 224  # multiples of 224 fill TinyViT's windows: no padded tokens, 1.4x the pixels a second of 256
-    tile: int = 448  # side at inference, likewise
+    tiles: tuple[int, ...] = (448, 672, 896, 1120)  # sides at inference, likewise; each image takes what suits it
     tile_halo: int = 32  # input px thrown away at tile sides
     scale_low: float = 0.7  # nuclei of other organs and species, and a wrong mpp
     scale_high: float = 1.4
@@ -59,9 +59,8 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, is {getattr(self, name)}")
-        for name in ("crop", "tile"):
-            if getattr(self, name) % 32:
-                raise ValueError(f"`{name}` must be a multiple of 32, is {getattr(self, name)}")
+        if self.crop % 32:
+            raise ValueError(f"`crop` must be a multiple of 32, is {self.crop}")
 
     @property
     def output(self) -> OutputSpec:
@@ -72,7 +71,7 @@ class Settings:
     @property
     def input(self) -> InputSpec:
         """The network's input as the card names it."""
-        return InputSpec(size=self.tile, mpp=self.mpp)
+        return InputSpec(sizes=self.tiles, mpp=self.mpp)
 
     def total_steps(self, images: int) -> int:
         """Optimiser steps for so many training images."""
@@ -89,7 +88,7 @@ SEED = replace(
     stride=4,
     mpp=0.085,
     crop=1024,
-    tile=1024,
+    tiles=(1024,),
     scale_low=1.0,
     scale_high=1.0,
     turn=False,

@@ -1,0 +1,52 @@
+"""How a slide is cut: the size of tile that suits it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nsam.runtime.card import InputSpec, ModelCard
+from nsam.runtime.frame import Frame
+from nsam.runtime.region import Region
+from nsam.runtime.slides import ArraySlide
+
+CARD = ModelCard("any", "1", "Apache-2.0", input=InputSpec(sizes=(448, 672, 896, 1120), mpp=0.25))
+
+
+def blank(width: int, height: int) -> ArraySlide:
+    return ArraySlide(np.broadcast_to(np.uint8(255), (height, width, 3)), Path("image"), 0.25)
+
+
+def frame_of(width: int, height: int, region: Region | None = None) -> Frame:
+    return Frame.of(blank(width, height), CARD, 0.25, region)
+
+
+@pytest.mark.parametrize(
+    ("wh", "size"),
+    [
+        ((1, 1), 448),
+        ((353, 353), 448),  # NuInsSeg: one tile of any size holds it
+        ((512, 512), 672),  # TNBC: one tile of 672 px, or four of 448
+        ((1000, 1000), 1120),
+        ((860, 860), 896),
+        ((21_000, 21_000), 1120),
+        ((50_000, 15_000), 672),  # the maps of a row of larger ones would need more memory than is well spent
+        ((200_000, 15_000), 448),
+    ],
+)
+def test_size_that_suits(wh: tuple[int, int], size: int) -> None:
+    assert frame_of(*wh).tile_px == size
+
+
+def test_what_is_not_wanted_does_not_count() -> None:
+    corner = Region.of(blank(5000, 5000), 0.25, tissue=False, roi=(2, 2, 200, 200))
+    assert frame_of(5000, 5000).tile_px == 896
+    assert frame_of(5000, 5000, corner).tile_px == 448
+    assert frame_of(5000, 5000, corner).tiles_wanted == 1
+
+
+@pytest.mark.parametrize(("batch", "size", "scaled"), [(4, 448, 4), (4, 672, 1), (16, 896, 4), (1, 1120, 1)])
+def test_batches_have_as_many_pixels(batch: int, size: int, scaled: int) -> None:
+    assert CARD.input.scaled(batch, size) == scaled
