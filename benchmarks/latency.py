@@ -143,15 +143,15 @@ def measure(
 def multiplications(model: Path | None, size: int) -> int:
     """Multiply-adds of matrix products and convolutions for one tile of a size, from the graph's shapes."""
     import onnx
+    import onnxsim
     from onnx import numpy_helper
 
     import nsam.runtime
 
     folder = model or Path(nsam.runtime.__file__).parent / "default_model"
-    graph = onnx.load(folder / "model.onnx")
-    for side, length in zip(graph.graph.input[0].type.tensor_type.shape.dim, (1, size, size, 3), strict=True):
-        side.dim_value = length
-    del graph.graph.value_info[:]
+    # With its shapes fixed, onnxsim computes what depends on them, so that each node's can be told.
+    fixed = {"image": [1, size, size, 3]}
+    graph, _ = onnxsim.simplify(onnx.load(folder / "model.onnx"), check_n=0, overwrite_input_shapes=fixed)
     graph = onnx.shape_inference.infer_shapes(graph, data_prop=True)
     values = [*graph.graph.value_info, *graph.graph.output, *graph.graph.input]
     shapes = {v.name: [max(1, d.dim_value) for d in v.type.tensor_type.shape.dim] for v in values}
