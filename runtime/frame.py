@@ -16,7 +16,7 @@ from nsam.runtime.tiles import Block, Box, Grid, Tile, blocks, map_span, tile_ro
 BLOCK_PX = 1024
 
 #: What the maps of a row of tiles may take in memory, where a smaller tile would do; several rows are held at a time.
-ROW_BYTES = 125_000_000
+ROW_BYTES = 65_000_000
 
 
 @dataclass(frozen=True)

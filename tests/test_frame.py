@@ -31,9 +31,10 @@ def frame_of(width: int, height: int, region: Region | None = None) -> Frame:
         ((512, 512), 672),  # TNBC: one tile of 672 px, or four of 448
         ((1000, 1000), 1120),
         ((860, 860), 896),
-        ((21_000, 21_000), 1120),
-        ((50_000, 15_000), 672),  # the maps of a row of larger ones would need more memory than is well spent
-        ((200_000, 15_000), 448),
+        ((2_150, 2_150), 1120),
+        ((20_000, 15_000), 896),
+        ((31_000, 15_000), 672),  # the maps of a row of larger ones would need more memory than is well spent
+        ((60_000, 15_000), 448),
     ],
 )
 def test_size_that_suits(wh: tuple[int, int], size: int) -> None:
