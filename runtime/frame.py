@@ -64,13 +64,14 @@ class Frame:
     def tile_px(self) -> int:
         """Side of the network's tiles, input px: the one that gives the network the fewest pixels.
 
-        Large tiles throw less of their sides away; small ones fit a small image or the borders of tissue better.
+        Large tiles throw less of their sides away, small ones fit a small image better. What is wanted of the slide does
+        not count: a nucleus is the same with a mask and without.
         """
         smallest, *larger = self.card.input.sizes
         row_px = self.grid.map_wh[0] / self.card.output.stride
         bytes_each = 4 * (len(self.card.output.channels) + 1) * row_px
         sizes = [smallest, *(size for size in larger if size * bytes_each <= ROW_BYTES)]
-        return min(sizes, key=lambda size: size**2 * sum(len(self.wanted(row)) for row in self._cut(size)))
+        return min(sizes, key=lambda size: size**2 * sum(map(len, self._cut(size))))
 
     def _cut(self, size: int) -> list[list[Tile]]:
         return list(tile_rows(self.grid.input_wh, size, self.card.post.tile_halo_px))
