@@ -64,8 +64,8 @@ class Frame:
     def tile_px(self) -> int:
         """Side of the network's tiles, input px: the one that gives the network the fewest pixels.
 
-        Large tiles throw less of their sides away, small ones fit a small image better. What is wanted of the slide does
-        not count: a nucleus is the same with a mask and without.
+        Large tiles throw less of their sides away, small ones fit a small image better. What is wanted of the slide
+        does not count: a nucleus is the same with a mask and without.
         """
         smallest, *larger = self.card.input.sizes
         row_px = self.grid.map_wh[0] / self.card.output.stride
