@@ -111,9 +111,8 @@ def measure(
     engine = load(model, device, threads, precision=precision)  # type: ignore[arg-type]
     card = engine.card
     size = size or card.input.size
-    images = np.random.default_rng(0).integers(
-        0, 256, (batch, size, size, 3), np.uint8
-    )  # cost does not depend on content
+    shape = (batch, size, size, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)  # cost does not depend on content
     engine.run(images)
     first = time.time() - float(os.environ.get("NSAM_BEGIN", "nan"))
     times_ms = []

@@ -140,7 +140,6 @@ def measure(case: Case, device: Device, slide: Path) -> dict[str, Any]:
         with job.opened(Source(slide)) as (_, frame, _):
             size = frame.tile_px
         engine.run(np.zeros((engine.card.input.scaled(settings.batch, size), size, size, 3), np.uint8))
-        open_slide(slide).close()  # imports the readers
         before = peak_mb()
         wall, cpu = time.perf_counter(), time.process_time()
         outcome = job.outcome(Source(slide), Path(out) / "slide")

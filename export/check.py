@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from nsam.export.graph import check_graph
 from nsam.export.parity import BATCHES
+from nsam.runtime.bysize import BySize
 from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import available_cores
 from nsam.runtime.errors import ModelError
@@ -53,10 +55,8 @@ def check(model_dir: Path, say: Callable[[str], None] = lambda line: None) -> No
             continue
         check_graph(model_dir / name)
         # fp16's nodes are for GPUs; here ONNX Runtime's CPU provider runs them, in fp32.
-        engine, *larger = (
-            OnnxEngine(model_dir / name, card, "cpu", entry.precision, available_cores(), size)
-            for size in card.input.sizes
-        )
+        make = partial(OnnxEngine, model_dir / name, card, "cpu", entry.precision, available_cores())
+        engine = BySize(make, card.input.size)
         alone = engine.run(tile)[0]
         for batch in BATCHES:
             images = np.zeros((batch, *tile.shape[1:]), np.uint8)
@@ -69,9 +69,9 @@ def check(model_dir: Path, say: Callable[[str], None] = lambda line: None) -> No
         shown = f"maps within {apart:.2g} of the reference, PQ of its {nuclei.max()} nuclei {agreement:.4f}"
         if agreement < LEAST_AGREEMENT:
             raise ModelError(f"`{model_dir / name}`: {shown}, must be at least {LEAST_AGREEMENT}")
-        for size, other in zip(card.input.sizes[1:], larger, strict=True):
+        for size in card.input.sizes[1:]:
             side = size // card.output.stride
-            if other.run(np.zeros((1, size, size, 3), np.uint8)).shape[2:] != (side, side):
+            if engine.run(np.zeros((1, size, size, 3), np.uint8)).shape[2:] != (side, side):
                 raise ModelError(f"`{model_dir / name}`: does not take tiles of {size} px, as its card says")
         say(f"{name} on {engine.device}: batches of {', '.join(map(str, BATCHES))} agree; {shown}")
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from nsam.runtime.card import ModelCard
 from nsam.runtime.region import Region
 from nsam.runtime.slides import Slide
-from nsam.runtime.tiles import Block, Box, Grid, Tile, blocks, map_span, tile_rows
+from nsam.runtime.tiles import Block, Box, Grid, Tile, blocks, map_span, tile_count, tile_rows
 
 #: Side of a block's write box, level-0 px: large against the halo, small against memory (1.1 GB less than 2048 on a
 #: slide 60,000 px wide).
@@ -58,7 +58,7 @@ class Frame:
     @cached_property
     def tiles(self) -> list[list[Tile]]:
         """Rows of the network's tiles, top to bottom."""
-        return self._cut(self.tile_px)
+        return list(tile_rows(self.grid.input_wh, self.tile_px, self.card.post.tile_halo_px))
 
     @cached_property
     def tile_px(self) -> int:
@@ -71,10 +71,8 @@ class Frame:
         row_px = self.grid.map_wh[0] / self.card.output.stride
         bytes_each = 4 * (len(self.card.output.channels) + 1) * row_px
         sizes = [smallest, *(size for size in larger if size * bytes_each <= ROW_BYTES)]
-        return min(sizes, key=lambda size: size**2 * sum(map(len, self._cut(size))))
-
-    def _cut(self, size: int) -> list[list[Tile]]:
-        return list(tile_rows(self.grid.input_wh, size, self.card.post.tile_halo_px))
+        halo = self.card.post.tile_halo_px
+        return min(sizes, key=lambda size: size**2 * tile_count(self.grid.input_wh, size, halo))
 
     def wanted(self, row: list[Tile]) -> list[Tile]:
         """The tiles of a row that can change a nucleus in the region: the others are not worth a pass."""

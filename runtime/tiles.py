@@ -104,6 +104,12 @@ def tile_rows(input_wh: tuple[int, int], size: int, halo: int) -> Iterator[list[
         ]
 
 
+def tile_count(input_wh: tuple[int, int], size: int, halo: int) -> int:
+    """How many tiles `tile_rows` makes."""
+    across, down = (sum(1 for _ in _spans(length, size, halo)) for length in input_wh)
+    return across * down
+
+
 def _spans(length: int, size: int, halo: int) -> Iterator[tuple[int, int, int]]:
     """(read start, write start, write end) along one axis."""
     if length <= size:

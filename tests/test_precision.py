@@ -133,6 +133,9 @@ def default_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
 def test_int8_runs_in_both_engines(default_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "GROUP", 50)
     tiles = np.random.default_rng(0).integers(150, 256, (1, 448, 448, 3), np.uint8)
@@ -147,9 +150,10 @@ def test_int8_runs_in_both_engines(default_model: Path, tmp_path: Path, monkeypa
     int8.quantise(default_model, tmp_path / "int8.onnx", ranges, names)
     quantised, other = (
         run(tmp_path / "int8.onnx", image=tiles),
-        openvino.Core().compile_model(str(tmp_path / "int8.onnx"), "CPU")([tiles])[0],
+        # What is not quantised runs in fp32, as in ONNX Runtime: bf16 would add an error of another kind.
+        openvino.Core().compile_model(str(tmp_path / "int8.onnx"), "CPU", FP32)([tiles])[0],
     )
-    assert np.abs(exact - other).mean() < 2 * np.abs(exact - quantised).mean(), "each engine has an error of its own"
+    assert np.abs(quantised - other).mean() < np.abs(exact - quantised).mean(), "each engine has an error of its own"
 
 
 def test_the_most_sensitive_parts_are_left_out_first() -> None:
