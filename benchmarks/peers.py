@@ -93,12 +93,30 @@ def install(env: Path, packages: list[str]) -> float:
 
 def run(env: Path, task: str, image: Path, labels: Path, mpp: float, threads: int) -> dict[str, Any]:
     """One peer in a process of its own."""
-    command = [env / "bin" / "python", HERE / "peer_worker.py", task, image, labels, str(mpp), str(threads)]
+    try:
+        row: dict[str, Any] = json.loads(
+            answer(env, "peer_worker.py", task, image, labels, mpp, threads, threads=threads)
+        )
+    except PeerError as error:
+        return {"error": str(error)}
+    return row
+
+
+class PeerError(Exception):
+    """A peer's last words."""
+
+
+def answer(env: Path, script: str, *arguments: object, threads: int) -> str:
+    """The last line that a script of this folder prints, run in an environment.
+
+    Raises:
+        PeerError: it failed.
+    """
+    command = [env / "bin" / "python", HERE / script, *arguments]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=surroundings(threads))
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
+        raise PeerError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return done.stdout.splitlines()[-1]
 
 
 def surroundings(threads: int) -> dict[str, str]:

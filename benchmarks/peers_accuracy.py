@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import click
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from peers import HERE, PEERS, install, surroundings
+from peers import PEERS, PeerError, answer, install
 
 from nsam.runtime.engines import load
 from nsam.runtime.metrics import Score, mean_and_pooled, score
@@ -60,12 +59,11 @@ def main(
         else:
             packages, task = PEERS[name]
             install(envs / task, packages)
-            command = [envs / task / "bin" / "python", HERE / "peer_trainer.py", task, work, minutes]
-            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=surroundings(threads))
-            if done.returncode:
-                click.echo(f"{name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}", err=True)
+            try:
+                trained = answer(envs / task, "peer_trainer.py", task, work, minutes, threads=threads)
+            except PeerError as error:
+                click.echo(f"{name}: {error}", err=True)
                 continue
-            trained = done.stdout.splitlines()[-1]
             scores = scored(parts.test, work / f"{task}.npz")
         mean, pooled = mean_and_pooled(scores)
         results[name] = {"mean": mean, "pooled": pooled, "trained": trained}

@@ -69,8 +69,7 @@ class Case:
         """The nuclei."""
         stain = nearest(self.maps[-1], (0, 0), self._box, self.grid)
         post = self.card.post
-        found = measure(labels, probability, stain, (0, 0), self.mpp, post.min_area_um2)
-        return [nucleus for nucleus in found if nucleus.probability >= post.min_probability]
+        return measure(labels, probability, stain, (0, 0), self.mpp, post.min_area_um2, post.min_probability)
 
     @property
     def _box(self) -> Box:

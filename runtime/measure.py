@@ -42,6 +42,7 @@ def measure(
     origin_xy: tuple[int, int],
     mpp: float,
     min_area_um2: float = 0.0,
+    min_probability: float = 0.0,
 ) -> list[Nucleus]:
     """Measure each label of a label image.
 
@@ -51,14 +52,15 @@ def measure(
         haematoxylin: (H, W) float32, its optical density at the same pixels.
         origin_xy: level-0 position of pixel (0, 0).
         mpp: µm per level-0 px.
-        min_area_um2: smaller ones are left out.
+        min_area_um2: smaller labels, and smaller largest pieces, are left out.
+        min_probability: so are those of a lower mean probability.
 
     Returns:
         Nuclei in the order of their labels; ids are the labels.
     """
     nuclei: list[Nucleus] = []
     for row in _table(labels, probability, haematoxylin):
-        if row.area * mpp**2 < min_area_um2:
+        if row.area * mpp**2 < min_area_um2 or row.probability < min_probability:
             continue
         x, y = row.x, row.y
         mask = labels[y : y + row.height, x : x + row.width] == row.label
@@ -66,7 +68,8 @@ def measure(
         if len(outlines) > 1:
             piece = _largest_piece(mask) * np.int32(row.label)
             seen, stain = (of[y : y + row.height, x : x + row.width] for of in (probability, haematoxylin))
-            nuclei += measure(piece, seen, stain, (x + origin_xy[0], y + origin_xy[1]), mpp, min_area_um2)
+            corner = (x + origin_xy[0], y + origin_xy[1])
+            nuclei += measure(piece, seen, stain, corner, mpp, min_area_um2, min_probability)
             continue
         hull_px = cv2.contourArea(cv2.convexHull(outlines[0])) + row.width + row.height - 1
         nuclei.append(

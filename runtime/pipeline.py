@@ -189,14 +189,9 @@ def block_nuclei(maps: NDArray[np.float32], top: int, block: Block, frame: Frame
     basins = separate(part, frame.card.output, post, frame.mpp / grid.map_per_level0[0])
     labels, probability = carry(basins, part[0], post.nucleus_threshold, (left, top), block.read, grid)
     stain = nearest(part[-1], (left, top), block.read, grid)
-    found = measure(labels, probability, stain, (block.read.x0, block.read.y0), frame.mpp, post.min_area_um2)
-    owned = [
-        nucleus
-        for nucleus in found
-        if nucleus.probability >= post.min_probability
-        and _owns(block.write, nucleus)
-        and frame.region.holds(*nucleus.centroid_xy)
-    ]
+    corner = (block.read.x0, block.read.y0)
+    found = measure(labels, probability, stain, corner, frame.mpp, post.min_area_um2, post.min_probability)
+    owned = [nucleus for nucleus in found if _owns(block.write, nucleus) and frame.region.holds(*nucleus.centroid_xy)]
     return [nucleus._replace(id=0, cut=_is_cut(nucleus, block.read, grid.level0_wh)) for nucleus in owned]
 
 

@@ -49,6 +49,18 @@ def test_small_nuclei_are_left_out() -> None:
         assert [n.id for n in measure_shapes(labels, (0, 0), 0.5, least)] == wanted
 
 
+def test_doubtful_nuclei_are_left_out_and_so_are_doubtful_largest_pieces() -> None:
+    labels = np.array([[1, 1, 0, 1, 0, 2]], np.int32)
+    for likely, wanted in (
+        ([0.8, 0.8, 0, 0.6, 0, 0.6], [1]),
+        ([0.6, 0.6, 0, 1, 0, 0.7], [2]),
+        ([1, 1, 0, 0, 0, 0], [1]),
+    ):
+        probability = np.array([likely], np.float32)
+        found = measure(labels, probability, probability, (0, 0), 0.5, min_probability=0.65)
+        assert [n.id for n in found] == wanted
+
+
 def test_measurements_equal_regionprops() -> None:
     labels = largest_pieces(ellipses())
     probability = np.random.default_rng(1).random(labels.shape).astype(np.float32)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 #: Others wait while the first process validates, or chooses thresholds.
@@ -37,7 +37,8 @@ class Group:
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of all processes' parts; its gradient is right once `spread` has taken the mean of theirs."""
-        return all_reduce(part) if self.size > 1 else part
+        total: Tensor = _Sum.apply(part) if self.size > 1 else part
+        return total
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """The mean of all processes' values, for all."""
@@ -57,6 +58,24 @@ class Group:
 
 
 ALONE = Group()
+
+
+class _Sum(torch.autograd.Function):
+    """Each process's part -> the sum of all, and back: each part counts in every process's sum."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        return _summed(part)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _summed(grad)
+
+
+def _summed(part: Tensor) -> Tensor:
+    whole = part.detach().clone()
+    dist.all_reduce(whole)
+    return whole
 
 
 def _place() -> str:
