@@ -29,9 +29,9 @@ from nsam.runtime.settings import OUTPUTS, Device, Precision, Settings
 PARTS = {
     "read": ("decode, resize", "haematoxylin", "stack a batch"),
     "infer": ("inference", "fill the maps"),
-    "separate": ("separate", "carry to level 0", "measure", "choose those owned"),
+    "separate": ("gather the maps", "separate", "carry to level 0", "measure", "choose those owned"),
     "write": (
-        *("open", "tissue mask", "overview", "roll the maps", "keep bands", "assemble", "outlines"),
+        *("open", "tissue mask", "overview", "keep bands", "assemble", "outlines"),
         *(f"write {name}" for name in OUTPUTS),
         *("density", "thumbnail", "slide.json", "rest"),
     ),
@@ -106,7 +106,7 @@ def attach(watch: Watch, engine: engines.Engine) -> None:
     watch.function(pipeline, "measure", "measure")
     watch.function(pipeline, "block_nuclei", "choose those owned")
     watch.function(Future, "result", NUCLEI)
-    watch.function(pipeline.MapStrip, "rows", "roll the maps")
+    watch.function(pipeline.MapStrip, "part", "gather the maps")
     watch.function(BandStore, "write", "keep bands")
     watch.generator(pipeline, "assemble", "assemble")
     watch.function(writers, "read_overview", "overview")

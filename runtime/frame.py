@@ -15,8 +15,8 @@ from nsam.runtime.tiles import Block, Box, Grid, Tile, blocks, map_span, tile_co
 #: slide 60,000 px wide).
 BLOCK_PX = 1024
 
-#: What the maps of a row of tiles may take in memory, where a smaller tile would do; several rows are held at a time.
-ROW_BYTES = 65_000_000
+#: What the maps of a row of tiles may take in memory, where a smaller tile would do; about three rows' are held.
+ROW_BYTES = 165_000_000
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,10 @@ from nsam.runtime.stains import haematoxylin
 from nsam.runtime.tiles import Block, Box, Tile, map_span
 from nsam.runtime.watershed import separate
 
-#: Batches of tiles that are read ahead of the network, and rows of maps that it may be ahead of the separation.
-READ_AHEAD, MAPS_AHEAD = 2, 1
+READ_AHEAD = 2  # batches of tiles before the network
+#: Rows of a piece of the maps, and pieces that may wait for the separation: a row of the largest tiles.
+PIECE_ROWS, PIECES_AHEAD = 64, 9
+STRIP_PX = 256  # rows of a strip of labels, at most
 _SURELY_NOT = -20.0  # logit
 
 Progress = Callable[[int, int], None]
@@ -80,7 +82,9 @@ def assemble(bands: Iterable[list[Nucleus]], frame: Frame) -> Iterator[Strip]:
         canvas.add(nuclei)
         # The next band can still add nuclei that begin in its halo.
         y1 = row[0].write.y1
-        yield canvas.finish(height if y1 == height else max(canvas.y0, y1 - frame.halo))
+        end = height if y1 == height else max(canvas.y0, y1 - frame.halo)
+        while canvas.y0 < end:
+            yield canvas.finish(min(end, canvas.y0 + STRIP_PX))
 
 
 def make_bands(
@@ -107,7 +111,7 @@ def make_bands(
         if on_progress:
             on_progress(done, total)
 
-    with closing(prefetch(map_rows(slide, engine, frame, rows, batch, count), MAPS_AHEAD)) as maps:
+    with closing(prefetch(map_rows(slide, engine, frame, rows, batch, count), PIECES_AHEAD)) as maps:
         yield from separate_bands(maps, frame, first, last, workers)
 
 
@@ -119,9 +123,10 @@ def map_rows(
     batch: int = 4,
     on_tiles: Callable[[int], None] = lambda tiles: None,
 ) -> Iterator[NDArray[np.float32]]:
-    """The slide's maps, top to bottom: (C + 1, h, map width) float32 for each row of tiles, or those of `rows`.
+    """The maps that all rows of tiles make, or those of `rows`, in pieces from top to bottom.
 
-    The last is haematoxylin: made of the pixels that the network sees, so that the slide is read once.
+    A piece is (C + 1, h, map width) float32, of `PIECE_ROWS` rows or less, so that memory is free again piece by piece.
+    The last channel is haematoxylin: made of the pixels that the network sees, so that the slide is read once.
     """
     stride = frame.card.output.stride
     at_once = frame.card.input.scaled(batch, frame.tile_px)
@@ -141,43 +146,46 @@ def map_rows(
     with closing(prefetch(batches(), READ_AHEAD)) as read:
         for row, needed in zip(chosen, wanted, strict=True):
             top, bottom = frame.written(row)
-            maps = np.empty((nothing.size, bottom - top, frame.grid.map_wh[0]), np.float32)
+            starts = range(0, bottom - top, PIECE_ROWS)
+            heights = [min(PIECE_ROWS, bottom - top - start) for start in starts]
+            pieces = [np.empty((nothing.size, height, frame.grid.map_wh[0]), np.float32) for height in heights]
             if len(needed) < len(row):
-                maps[:] = nothing[:, None, None]
+                for piece in pieces:
+                    piece[:] = nothing[:, None, None]
             filled = 0
             while filled < len(needed):
                 tiles, images, stains = next(read)
                 for tile, result, stain in zip(tiles, engine.run(images), stains, strict=True):
                     left, right = tile.write.x0 // stride, -(-tile.write.x1 // stride)
                     x, y = left - tile.read.x0 // stride, top - tile.read.y0 // stride
-                    maps[:-1, :, left:right] = result[:, y : y + bottom - top, x : x + right - left]
-                    maps[-1, :, left:right] = stain[y : y + bottom - top, x : x + right - left]
+                    for start, height, piece in zip(starts, heights, pieces, strict=True):
+                        of = np.s_[..., y + start : y + start + height, x : x + right - left]
+                        piece[:-1, :, left:right] = result[of]
+                        piece[-1, :, left:right] = stain[of]
                 filled += len(tiles)
                 on_tiles(len(tiles))
-            yield maps
+            while pieces:
+                yield pieces.pop(0)
 
 
 def separate_bands(
-    rows: Iterator[NDArray[np.float32]], frame: Frame, first: int = 0, last: int | None = None, workers: int = 1
+    pieces: Iterator[NDArray[np.float32]], frame: Frame, first: int = 0, last: int | None = None, workers: int = 1
 ) -> Iterator[list[Nucleus]]:
     """Separate and measure the nuclei of bands [first, last) in maps that arrive as from `map_rows`."""
     last = len(frame.bands) if last is None else last
-    start = frame.written(frame.tiles[frame.tile_rows(first, last)[0]])[0]
-    strip = MapStrip(rows, start)
+    strip = MapStrip(pieces, frame.written(frame.tiles[frame.tile_rows(first, last)[0]])[0])
     with ThreadPoolExecutor(workers, "nsam-separate") as pool:
         for band in range(first, last):
-            top, bottom = frame.map_rows(band)
-            maps = strip.rows(top, bottom)
-            futures = [pool.submit(block_nuclei, maps, top, block, frame) for block in frame.bands[band]]
+            strip.advance(*frame.map_rows(band))
+            futures = [pool.submit(block_nuclei, strip, block, frame) for block in frame.bands[band]]
             yield [nucleus for future in futures for nucleus in future.result()]
 
 
-def block_nuclei(maps: NDArray[np.float32], top: int, block: Block, frame: Frame) -> list[Nucleus]:
+def block_nuclei(maps: MapStrip, block: Block, frame: Frame) -> list[Nucleus]:
     """The nuclei that a block owns.
 
     Args:
-        maps: (C + 1, h, map width) float32 as `map_rows` gives them, rows from `top` on.
-        top: see there.
+        maps: holds those of the block's band.
         block: of one of the frame's bands.
         frame: the slide's.
     """
@@ -185,7 +193,8 @@ def block_nuclei(maps: NDArray[np.float32], top: int, block: Block, frame: Frame
     if not frame.region.meets(block.write):
         return []
     left, right = map_span(block.read.x0, block.read.x1, grid.map_per_level0[0], grid.map_wh[0])
-    part = maps[:, :, left:right]
+    top, bottom = map_span(block.read.y0, block.read.y1, grid.map_per_level0[1], grid.map_wh[1])
+    part = maps.part(top, bottom, left, right)
     basins = separate(part, frame.card.output, post, frame.mpp / grid.map_per_level0[0])
     labels, probability = carry(basins, part[0], post.nucleus_threshold, (left, top), block.read, grid)
     stain = nearest(part[-1], (left, top), block.read, grid)

@@ -33,8 +33,9 @@ def frame_of(width: int, height: int, region: Region | None = None) -> Frame:
         ((860, 860), 896),
         ((2_150, 2_150), 1120),
         ((20_000, 15_000), 896),
-        ((31_000, 15_000), 672),  # the maps of a row of larger ones would need more memory than is well spent
-        ((60_000, 15_000), 448),
+        ((60_000, 60_000), 896),
+        ((80_000, 15_000), 672),  # the maps of a row of larger ones would need more memory than is well spent
+        ((100_000, 15_000), 448),
     ],
 )
 def test_size_that_suits(wh: tuple[int, int], size: int) -> None:

@@ -138,7 +138,7 @@ def test_bands_are_kept_and_any_part_of_them_can_be_made(tiny_model: Path, draw_
     slide = ArraySlide(draw_discs((390, 380), centres, 7), Path("discs.png"))
     frame = Frame.of(slide, engine.card, 0.25, block_px=128)
     whole = list(segment_slide(slide, engine, 0.25, block_px=128))
-    assert len(frame.bands) == len(whole) == 3
+    assert len(frame.bands) == 3 <= len(whole)
 
     def same(strips: list[Strip]) -> bool:
         return all(
