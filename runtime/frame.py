@@ -16,7 +16,7 @@ from nsam.runtime.tiles import Block, Box, Grid, Tile, blocks, map_span, tile_co
 BLOCK_PX = 1024
 
 #: What the maps of a row of tiles may take in memory, where a smaller tile would do; about three rows' are held.
-ROW_BYTES = 165_000_000
+ROW_BYTES = 200_000_000
 
 
 @dataclass(frozen=True)

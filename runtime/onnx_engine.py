@@ -85,6 +85,8 @@ def _session(path: Path, card: ModelCard, device: str, threads: int, size: int) 
     options.add_free_dimension_override_by_name(SIZE_DIMENSION, size)
     # Threads that spin while they wait take the cores from reading and separating.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A plan of where each tensor lies takes 1.1 GB in a tile of 1,120 px; without it .6, in the same time on a CPU.
+    options.enable_mem_pattern = device != "cpu"
     try:
         # With its fallback ONNX Runtime goes on without the GPU, at loading as at any batch.
         session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
