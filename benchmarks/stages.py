@@ -106,7 +106,7 @@ def attach(watch: Watch, engine: engines.Engine) -> None:
     watch.function(pipeline, "measure", "measure")
     watch.function(pipeline, "block_nuclei", "choose those owned")
     watch.function(Future, "result", NUCLEI)
-    watch.function(pipeline.MapStrip, "part", "gather the maps")
+    watch.function(pipeline.MapStrip, "columns", "gather the maps")
     watch.function(BandStore, "write", "keep bands")
     watch.generator(pipeline, "assemble", "assemble")
     watch.function(writers, "read_overview", "overview")

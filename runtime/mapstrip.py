@@ -16,12 +16,13 @@ class MapStrip:
     """
 
     def __init__(self, pieces: Iterator[NDArray[np.float32]], top: int) -> None:
+        self.top = self._bottom = self._end = top
         self._source = pieces
-        self._end = top
         self._held: deque[tuple[int, NDArray[np.float32]]] = deque()  # first row, (C, h, map width)
 
     def advance(self, top: int, bottom: int) -> None:
-        """Wait for map rows up to `bottom`; those above `top` are forgotten."""
+        """Wait for map rows [top, bottom), neither above those of before; rows above `top` are forgotten."""
+        self.top, self._bottom = top, bottom
         while self._held and self._held[0][0] + self._held[0][1].shape[1] <= top:
             self._held.popleft()
         while self._end < bottom:
@@ -30,11 +31,7 @@ class MapStrip:
                 self._held.append((self._end, piece))
             self._end += piece.shape[1]
 
-    def part(self, top: int, bottom: int, left: int, right: int) -> NDArray[np.float32]:
-        """(C, bottom - top, right - left): a copy of rows that are held."""
-        parts = [
-            piece[:, max(0, top - first) : bottom - first, left:right]
-            for first, piece in self._held
-            if first < bottom and first + piece.shape[1] > top
-        ]
+    def columns(self, left: int, right: int) -> NDArray[np.float32]:
+        """(C, bottom - top, right - left): a copy of part of the rows last waited for, the first of them `top`."""
+        parts = [piece[:, max(0, self.top - y) : self._bottom - y, left:right] for y, piece in self._held]
         return np.concatenate(parts, axis=1)

@@ -8,6 +8,7 @@ they depend neither on the blocks nor on the threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -30,8 +31,7 @@ from nsam.runtime.tiles import Block, Box, Tile, map_span
 from nsam.runtime.watershed import separate
 
 READ_AHEAD = 2  # batches of tiles before the network
-#: Rows of a piece of the maps, and pieces that may wait for the separation: a row of the largest tiles.
-PIECE_ROWS, PIECES_AHEAD = 64, 9
+PIECE_ROWS = 64  # of a piece of the maps, at most
 STRIP_PX = 256  # rows of a strip of labels, at most
 _SURELY_NOT = -20.0  # logit
 
@@ -111,7 +111,9 @@ def make_bands(
         if on_progress:
             on_progress(done, total)
 
-    with closing(prefetch(map_rows(slide, engine, frame, rows, batch, count), PIECES_AHEAD)) as maps:
+    # A row of tiles may wait for the separation, while the network fills the next.
+    ahead = math.ceil(frame.tile_px / frame.card.output.stride / PIECE_ROWS)
+    with closing(prefetch(map_rows(slide, engine, frame, rows, batch, count), ahead)) as maps:
         yield from separate_bands(maps, frame, first, last, workers)
 
 
@@ -193,11 +195,10 @@ def block_nuclei(maps: MapStrip, block: Block, frame: Frame) -> list[Nucleus]:
     if not frame.region.meets(block.write):
         return []
     left, right = map_span(block.read.x0, block.read.x1, grid.map_per_level0[0], grid.map_wh[0])
-    top, bottom = map_span(block.read.y0, block.read.y1, grid.map_per_level0[1], grid.map_wh[1])
-    part = maps.part(top, bottom, left, right)
+    part = maps.columns(left, right)
     basins = separate(part, frame.card.output, post, frame.mpp / grid.map_per_level0[0])
-    labels, probability = carry(basins, part[0], post.nucleus_threshold, (left, top), block.read, grid)
-    stain = nearest(part[-1], (left, top), block.read, grid)
+    labels, probability = carry(basins, part[0], post.nucleus_threshold, (left, maps.top), block.read, grid)
+    stain = nearest(part[-1], (left, maps.top), block.read, grid)
     corner = (block.read.x0, block.read.y0)
     found = measure(labels, probability, stain, corner, frame.mpp, post.min_area_um2, post.min_probability)
     owned = [nucleus for nucleus in found if _owns(block.write, nucleus) and frame.region.holds(*nucleus.centroid_xy)]

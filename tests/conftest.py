@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from nsam.runtime.card import SIZE_DIMENSION, FileEntry, InputSpec, ModelCard, PostSpec, sha256_of
 
@@ -26,6 +27,12 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real images: {path} is missing; set NSAM_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def example() -> NDArray[np.uint8]:
+    """(512, 512, 3) RGB, the tissue that nsam brings along, at .5 µm/px."""
+    return np.asarray(Image.open(Path(__file__).resolve().parents[1] / "examples" / "ihc.png"))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import nsam.runtime
 from nsam.runtime.card import ModelCard
@@ -19,7 +18,6 @@ from nsam.train.data import find_samples, read_sample
 from nsam.train.settings import NSAM
 
 MODEL = Path(nsam.runtime.__file__).parent / "default_model"
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "ihc.png"
 
 
 def test_card_and_proof_are_complete() -> None:
@@ -33,8 +31,8 @@ def test_card_and_proof_are_complete() -> None:
     assert sum(path.stat().st_size for path in MODEL.iterdir()) < 25e6
 
 
-def test_it_finds_the_nuclei_of_the_example() -> None:
-    labels = nsam.runtime.segment(np.asarray(Image.open(EXAMPLE)), mpp=0.5)
+def test_it_finds_the_nuclei_of_the_example(example: np.ndarray) -> None:
+    labels = nsam.runtime.segment(example, mpp=0.5)
     areas = np.bincount(labels.ravel())[1:]
     assert 100 < areas.size < 300
     assert 5 < np.median(areas) * 0.5**2 < 80  # µm²
@@ -56,11 +54,11 @@ def test_it_finds_nuclei_of_scanners(data_dir: Path, source: str, least: float) 
     assert mean_and_pooled(scores)[1]["dice"] > least
 
 
-def test_it_is_a_base_for_training() -> None:
+def test_it_is_a_base_for_training(example: np.ndarray) -> None:
     """`nsam-train --base default` has what it needs, and begins where the model that ships ends."""
     settings = replace(NSAM, base="default")
     model = build_model(settings)[0].eval()
-    image = np.asarray(Image.open(EXAMPLE))[:448, :448]
+    image = example[:448, :448]
     with torch.inference_mode():
         maps = model(torch.from_numpy(image[None].copy())).numpy()
     shipped = nsam.runtime.load(device="cpu").run(image[None])

@@ -9,15 +9,12 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
 
 from nsam.export import int8, variants
 from nsam.export.graph import check_graph
 from nsam.export.precision import Kept, keep_list, rounded, to_fp16
 from nsam.export.ranges import activation_ranges
 from nsam.runtime.errors import ModelError
-
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "ihc.png"
 
 
 def run(path: Path, **inputs: np.ndarray) -> np.ndarray:
@@ -139,9 +136,11 @@ def default_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
-def test_int8_runs_in_both_engines(default_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_runs_in_both_engines(
+    default_model: Path, example: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(int8, "GROUP", 50)
-    tiles = np.asarray(Image.open(EXAMPLE))[None, :448, :448]  # tissue: on noise any rounding is made large
+    tiles = example[None, :448, :448]  # tissue: on noise any rounding is made large
     ranges = activation_ranges(default_model, tiles)
     names = [name for group in int8.groups(default_model) for name in group]
     int8.quantise(default_model, tmp_path / "int8.onnx", ranges, names[:50])
