@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from concurrent.futures import Future
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
@@ -70,7 +69,9 @@ def run(slide: Path, settings: Settings) -> dict[str, Any]:
     work = job.Job.of(settings, engines.read_card(settings.model))
     engine = work.engine()
     for size in engine.card.input.sizes:
-        engine.run(np.zeros((engine.card.input.scaled(settings.batch, size), size, size, 3), np.uint8))
+        images = np.zeros((engine.card.input.scaled(settings.batch, size), size, size, 3), np.uint8)
+        for count in (1, 2):  # one alone, and in streams
+            list(engine.run_all([images] * count))
     import_module("nsam.runtime.readers")  # late in the runtime: the first slide alone would pay for it
     watch = Watch()
     attach(watch, engine)
@@ -99,13 +100,13 @@ def attach(watch: Watch, engine: engines.Engine) -> None:
     watch.function(job.Region, "of", "tissue mask")
     watch.function(pipeline, "read_input", "decode, resize")
     watch.function(pipeline, "haematoxylin", "haematoxylin")
-    watch.function(engine, "run", "inference")
+    watch.generator(engine, "run_all", "inference")
     watch.function(pipeline, "separate", "separate")
     watch.function(pipeline, "carry", "carry to level 0")
     watch.function(pipeline, "nearest", "carry to level 0")
     watch.function(pipeline, "measure", "measure")
     watch.function(pipeline, "block_nuclei", "choose those owned")
-    watch.function(Future, "result", NUCLEI)
+    watch.generator(pipeline, "separate_bands", NUCLEI)
     watch.function(pipeline.MapStrip, "columns", "gather the maps")
     watch.function(BandStore, "write", "keep bands")
     watch.generator(pipeline, "assemble", "assemble")

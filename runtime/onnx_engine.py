@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsam.runtime.card import SIZE_DIMENSION, ModelCard
-from nsam.runtime.engines import check_embedded, check_tensors
+from nsam.runtime.engines import Engine, check_embedded, check_tensors
 from nsam.runtime.errors import DeviceError, ModelError, first_line
 
 _PROVIDERS = {
@@ -22,10 +22,12 @@ _KINDS = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
 _BATCHES = {"min": 1, "opt": 8, "max": 64}
 
 
-class OnnxEngine:
+class OnnxEngine(Engine):
     """A graph in an ONNX Runtime session."""
 
-    def __init__(self, path: Path, card: ModelCard, device: str, precision: str, threads: int, size: int) -> None:
+    def __init__(
+        self, path: Path, card: ModelCard, device: str, precision: str, threads: int, size: int, streams: int
+    ) -> None:
         """Load for tiles of a size, and check.
 
         Raises:

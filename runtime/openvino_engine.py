@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nsam.runtime.card import ModelCard
-from nsam.runtime.engines import check_embedded, check_tensors
+from nsam.runtime.engines import Engine, check_embedded, check_tensors
 from nsam.runtime.errors import DeviceError, ModelError, UnfitError, first_line
 
 _KINDS = {"uint8_t": "uint8", "u8": "uint8", "float": "float32", "f32": "float32"}
 
 
-class OpenvinoEngine:
+class OpenvinoEngine(Engine):
     """A graph compiled by OpenVINO for the CPU."""
 
-    def __init__(self, path: Path, card: ModelCard, device: str, precision: str, threads: int, size: int) -> None:
-        """Load for tiles of a size, and check.
+    def __init__(
+        self, path: Path, card: ModelCard, device: str, precision: str, threads: int, size: int, streams: int
+    ) -> None:
+        """Load for tiles of a size, and check; as many threads as there are streams may `run` at the same time.
 
         Raises:
             ModelError: the graph cannot be loaded or does not fit the card.
@@ -46,21 +49,27 @@ class OpenvinoEngine:
         model.reshape([-1, size, size, 3])
         # What an int8 graph does not quantise runs in bf16, too, where that can be had.
         hint = "f32" if precision == "fp32" or not has_bf16 else "bf16"
-        hints = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}
-        self._request = core.compile_model(model, "CPU", hints).create_infer_request()
+        hints = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams}
+        compiled = core.compile_model(model, "CPU", hints)
+        self._idle: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(streams):
+            self._idle.put(compiled.create_infer_request())
         version = ".".join(openvino.__version__.split(".")[:2])
         self.device = f"openvino {precision} (OpenVINO {version}, {threads} threads)"
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `Engine.run`."""
+        request = self._idle.get()
         try:
-            maps: Any = self._request.infer([images])[0]
+            # The next call writes into the same memory.
+            maps: NDArray[np.float32] = request.infer([images])[0].copy()
         except RuntimeError as error:
             raise DeviceError(
                 f"{self.device}: a batch of {len(images)} failed ({first_line(error)}); try a smaller one"
             ) from error
-        result: NDArray[np.float32] = maps.copy()  # the next call writes into the same memory
-        return result
+        finally:
+            self._idle.put(request)
+        return maps
 
 
 def _tensor(port: Any) -> tuple[str, str, tuple[int | None, ...]]:

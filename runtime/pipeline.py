@@ -9,6 +9,7 @@ they depend neither on the blocks nor on the threads.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -137,15 +138,18 @@ def map_rows(
     # What a skipped tile would have said: no nucleus.
     nothing = np.array([_SURELY_NOT if kind == "logit" else 0 for kind in (*frame.card.output.kinds, "stain")])
 
-    def batches() -> Iterator[tuple[list[Tile], NDArray[np.uint8], NDArray[np.float32]]]:
+    read: deque[tuple[list[Tile], NDArray[np.float32]]] = deque()  # tiles and their stain, until their maps come
+
+    def batches() -> Iterator[NDArray[np.uint8]]:
         # A batch ends with its row, so a tile's company, and with it the last bit of its maps, is always the same.
         for row in wanted:
             for start in range(0, len(row), at_once):
                 tiles = row[start : start + at_once]
                 images = np.stack([read_input(slide, tile.read, frame.grid) for tile in tiles])
-                yield tiles, images, haematoxylin(images, stride)
+                read.append((tiles, haematoxylin(images, stride)))
+                yield images
 
-    with closing(prefetch(batches(), READ_AHEAD)) as read:
+    with closing(prefetch(batches(), READ_AHEAD)) as images, closing(engine.run_all(images)) as results:
         for row, needed in zip(chosen, wanted, strict=True):
             top, bottom = frame.written(row)
             starts = range(0, bottom - top, PIECE_ROWS)
@@ -156,8 +160,9 @@ def map_rows(
                     piece[:] = nothing[:, None, None]
             filled = 0
             while filled < len(needed):
-                tiles, images, stains = next(read)
-                for tile, result, stain in zip(tiles, engine.run(images), stains, strict=True):
+                maps = next(results)
+                tiles, stains = read.popleft()
+                for tile, result, stain in zip(tiles, maps, stains, strict=True):
                     left, right = tile.write.x0 // stride, -(-tile.write.x1 // stride)
                     x, y = left - tile.read.x0 // stride, top - tile.read.y0 // stride
                     for start, height, piece in zip(starts, heights, pieces, strict=True):

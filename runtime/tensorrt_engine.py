@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsam.runtime.card import ModelCard, sha256_of
-from nsam.runtime.engines import check_tensors
+from nsam.runtime.engines import Engine, check_tensors
 from nsam.runtime.errors import DeviceError
 
 _log = logging.getLogger(__name__)
@@ -30,10 +30,12 @@ WORKSPACE_BYTES = 2 << 30  # of a T4's 16 GB
 _KINDS = {"UINT8": "uint8", "FLOAT": "float32"}
 
 
-class TensorrtEngine:
+class TensorrtEngine(Engine):
     """A plan with pinned buffers and one stream."""
 
-    def __init__(self, path: Path, card: ModelCard, device: str, precision: str, threads: int, size: int) -> None:
+    def __init__(
+        self, path: Path, card: ModelCard, device: str, precision: str, threads: int, size: int, streams: int
+    ) -> None:
         """Load the plan for this GPU and tiles of a size; build it, which takes minutes, where there is none.
 
         Raises:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,12 +36,22 @@ class Averaged:
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Mean maps of a batch of tiles; see `Engine.run`."""
-        mean: NDArray[np.float32] | None = None
+        return next(self.run_all([images]))
+
+    def run_all(self, batches: Iterable[NDArray[np.uint8]]) -> Generator[NDArray[np.float32], None, None]:
+        """Mean maps of each batch; see `Engine.run_all`."""
+        with closing(self._engine.run_all(view for images in batches for view in self._seen(images))) as results:
+            while seen := list(islice(results, len(self._views))):
+                yield self._mean(seen)
+
+    def _seen(self, images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
         for turn, mirror in self._views:
             view = images[:, :, ::-1] if mirror else images
-            maps = self._engine.run(np.ascontiguousarray(np.rot90(view, turn, (1, 2))))
+            yield np.ascontiguousarray(np.rot90(view, turn, (1, 2)))
+
+    def _mean(self, results: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+        mean = np.zeros_like(results[0])
+        for maps, (turn, mirror) in zip(results, self._views, strict=True):
             maps = np.rot90(maps, -turn, (2, 3))
-            maps = (maps[..., ::-1] if mirror else maps) / np.float32(len(self._views))
-            mean = maps if mean is None else mean + maps
-        assert mean is not None
+            mean += (maps[..., ::-1] if mirror else maps) / np.float32(len(self._views))
         return mean

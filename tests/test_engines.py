@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+import threading
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ import numpy as np
 import pytest
 
 from nsam.runtime import engines
+from nsam.runtime.bysize import BySize
 from nsam.runtime.card import FileEntry, InputSpec, ModelCard, OutputSpec, PostSpec, sha256_of
-from nsam.runtime.engines import load
+from nsam.runtime.engines import Engine, load
 from nsam.runtime.errors import DeviceError, ModelError
+from nsam.runtime.settings import Device
 
 
 @pytest.fixture
@@ -39,6 +44,69 @@ def test_run(tiny_model: Path, batch: int) -> None:
     dark = maps[:, 0] > 0
     assert dark.sum() == 25
     assert dark[-1, 5:10, 15:20].all()
+
+
+@pytest.mark.parametrize("device", ["cpu", "openvino"])
+def test_streams_give_the_same_bits_in_the_same_order(tiny_model: Path, device: Device) -> None:
+    if device == "openvino":
+        pytest.importorskip("openvino")
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, 256, (n, 64, 64, 3), np.uint8) for n in (1, 3, 1, 2, 1, 1)]
+    engine = load(tiny_model, device, threads=2)
+    for count in (0, 1, len(batches)):
+        results = list(engine.run_all(batches[:count]))
+        assert len(results) == count
+        for images, maps in zip(batches, results, strict=False):
+            assert np.array_equal(maps, engine.run(images))
+
+
+class Meeting(Engine):
+    """Comes back only when as many runs as it has streams are in it; one run in three fails, if wanted."""
+
+    device = "test"
+
+    def __init__(self, size: int, streams: int, fails: bool = False) -> None:
+        self.card = ModelCard("test", "1", "Apache-2.0")
+        self.fails = fails
+        self.barrier = threading.Barrier(streams, timeout=1)
+
+    def run(self, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        self.barrier.wait()
+        if self.fails and images[0, 0, 0, 0] == 2:
+            raise DeviceError("no memory")
+        return images.astype(np.float32)
+
+
+def test_as_many_tiles_at_once_as_there_are_streams() -> None:
+    batches = [np.full((1, 64, 64, 3), i, np.uint8) for i in range(9)]
+    engine = BySize(Meeting, 64, streams=3)
+    assert [int(maps.flat[0]) for maps in engine.run_all(batches)] == list(range(9))
+    assert len(list(engine.run_all(batches[:1]))) == 1  # a single one does not wait for company
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_many_tiles_leave_no_other_engine_in_memory(keep: bool) -> None:
+    made: list[Any] = []
+
+    def make(size: int, streams: int) -> Meeting:
+        engine = Meeting(size, streams)
+        made.append(weakref.ref(engine))
+        return engine
+
+    engine = BySize(make, 64, streams=2, keep=keep)
+    for size in (96, 128):
+        engine.run(np.zeros((1, size, size, 3), np.uint8))
+    list(engine.run_all([np.zeros((1, 96, 96, 3), np.uint8)] * 2))
+    assert len(made) == 4
+    assert [ref() is not None for ref in made] == [keep, keep, keep, True]
+
+
+def test_a_batch_that_fails_in_a_stream_is_told_in_its_place() -> None:
+    batches = [np.full((1, 64, 64, 3), i, np.uint8) for i in range(6)]
+    results = BySize(partial(Meeting, fails=True), 64, streams=2).run_all(batches)
+    assert [next(results).flat[0], next(results).flat[0]] == [0, 1]
+    with pytest.raises(DeviceError, match="no memory"):
+        next(results)
 
 
 def test_device_is_what_runs(tiny_model: Path) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nsam.runtime.canvas import Strip
 from nsam.runtime.card import ModelCard
+from nsam.runtime.engines import Engine
 from nsam.runtime.frame import Frame
 from nsam.runtime.pipeline import assemble, make_bands, segment_slide, separate_bands
 from nsam.runtime.region import Region
@@ -22,7 +23,7 @@ from nsam.train.data import find_samples, read_sample
 from nsam.train.targets import make_targets
 
 
-class Replay:
+class Replay(Engine):
     """An engine that gives every tile the maps it was told."""
 
     device = "test"

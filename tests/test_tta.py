@@ -14,11 +14,11 @@ from PIL import Image
 
 from nsam.runtime.card import ModelCard
 from nsam.runtime.cli import main
-from nsam.runtime.engines import load
+from nsam.runtime.engines import Engine, load
 from nsam.runtime.tta import Averaged
 
 
-class Brightness:
+class Brightness(Engine):
     """Map = brightness, so that a tile's every view gives the same maps once they are turned back."""
 
     card: Any = None

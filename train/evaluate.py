@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nsam.runtime.card import ModelCard, PostSpec
+from nsam.runtime.engines import Engine
 from nsam.runtime.metrics import Score, mean_and_pooled, score
 from nsam.runtime.pipeline import segment_slide
 from nsam.runtime.slides import ArraySlide
@@ -21,7 +22,7 @@ from nsam.train.data import Sample, read_sample
 from nsam.train.settings import Settings
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """The runtime's `Engine`, run by torch in fp32: the network under training passes through what ships."""
 
     def __init__(self, model: nn.Module, card: ModelCard, device: torch.device) -> None:
