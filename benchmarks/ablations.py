@@ -40,19 +40,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @click.command(context_settings={"show_default": True})
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A folder a row, and `ablations.json`.")
+@click.option("--extra", multiple=True, type=click.Path(path_type=Path), help="Another source to train on.")
 @click.option("--unseen", multiple=True, type=click.Path(path_type=Path), help="A source to test on, never trained on.")
 @click.option("--only", help=f"Rows, separated by commas. [default: all: {', '.join(VARIANTS)}]")
 @click.option("--crops", type=click.IntRange(8), default=3200, help="Training crops of each row.")
 @click.option("--fold", type=click.IntRange(0, 4), default=0, help="Official fold; its test part is not looked at.")
 @click.option("--at-once", type=click.IntRange(1), default=1, help="Rows side by side, a thread each.")
 def main(
-    data: Path, out: Path, unseen: tuple[Path, ...], only: str | None, crops: int, fold: int, at_once: int
+    data: Path,
+    out: Path,
+    extra: tuple[Path, ...],
+    unseen: tuple[Path, ...],
+    only: str | None,
+    crops: int,
+    fold: int,
+    at_once: int,
 ) -> None:
     """Train each variant on DATA's fold; score its validation images and all of --unseen.
 
     Thresholds are those that suit the validation images best, row by row. A row that is done is not done again.
+    With `--only recipe`, the other sources as --extra and one as --unseen, it tells how the recipe does on a laboratory
+    that it has not seen.
     """
-    parts = make_folds(find_samples(data))[fold]
+    more = [sample for root in extra for sample in find_extra(root)]
+    parts = make_folds(find_samples(data), extra=more)[fold]
     strangers = [sample for root in unseen for sample in find_extra(root)]
     out.mkdir(parents=True, exist_ok=True)
     saved = out / "ablations.json"

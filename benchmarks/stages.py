@@ -68,10 +68,13 @@ def run(slide: Path, settings: Settings) -> dict[str, Any]:
     """All figures of one run."""
     work = job.Job.of(settings, engines.read_card(settings.model))
     engine = work.engine()
-    for size in engine.card.input.sizes:
-        images = np.zeros((engine.card.input.scaled(settings.batch, size), size, size, 3), np.uint8)
-        for count in (1, 2):  # one alone, and in streams
-            list(engine.run_all([images] * count))
+    try:
+        with work.opened(Source(slide)) as (_, frame, _):
+            size, tiles = frame.tile_px, frame.tiles_wanted
+    except Failed as failure:
+        raise click.ClickException(failure.reason) from failure
+    images = np.zeros((engine.card.input.scaled(settings.batch, size), size, size, 3), np.uint8)
+    list(engine.run_all([images] * min(tiles, 2)))  # one tile alone is run by another engine than many
     import_module("nsam.runtime.readers")  # late in the runtime: the first slide alone would pay for it
     watch = Watch()
     attach(watch, engine)
