@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from nsam.runtime.metrics import NAMES, Score, mean_and_pooled, score
 from nsam.runtime.pipeline import segment_slide
 from nsam.runtime.slides import ArraySlide
 from nsam.train.data import Sample, find_samples, read_sample
+from nsam.train.folds import make_folds
 
 SHOWN = ("dice", "aji", "pq")
 
@@ -26,7 +26,7 @@ SHOWN = ("dice", "aji", "pq")
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.option("--model", type=click.Path(path_type=Path), help="A folder made by nsam-export. [default: nsam's own]")
 @click.option("--mpp", type=float, help="Scale of the images, µm/px. [default: .17 for NuInsSeg, else .25]")
-@click.option("--test-part", type=click.Path(path_type=Path), help="RUN/foldK: only the images that it tested.")
+@click.option("--fold", type=click.IntRange(0, 4), help="Only the test part of this official fold. [default: all]")
 @click.option("--every", type=click.IntRange(1), default=1, help="Only every so many images.")
 @click.option("--tta", type=click.Choice([1, 2, 4, 8]), default=1, help="Views of each tile that are averaged.")
 @click.option("--shifts/--no-shifts", default=False, help="Also under each simulated shift.")
@@ -36,7 +36,7 @@ def main(
     data: Path,
     model: Path | None,
     mpp: float | None,
-    test_part: Path | None,
+    fold: int | None,
     every: int,
     tta: int,
     shifts: bool,
@@ -46,9 +46,8 @@ def main(
     """Score the model on DATA: NuInsSeg's folder, or one with `images` and `labels`."""
     engine = load(model, threads=threads, tta=tta)
     samples = find_samples(data, mpp)
-    if test_part:
-        names = set(tested_names(test_part))
-        samples = [sample for sample in samples if sample.name in names]
+    if fold is not None:
+        samples = make_folds(samples)[fold].test
     samples = samples[::every]
     click.echo(f"{len(samples)} images, {engine.card.name} {engine.card.version}, {engine.device}, {tta} views")
     results: dict[str, dict[str, Any]] = {}
@@ -80,13 +79,6 @@ def conditions(shifts: bool) -> Iterator[tuple[str, Callable[..., Any]]]:
             yield name, lambda image, labels, change=change: (shift(image, change), labels)
         for name, factor in SCALES.items():
             yield name, lambda image, labels, factor=factor: rescale(image, labels, factor)
-
-
-def tested_names(fold_dir: Path) -> list[str]:
-    """Names of the images that a run's fold tested."""
-    with (fold_dir.parent / "folds.csv").open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    return [row["image"] for row in rows if row["fold"] == fold_dir.name and row["part"] == "test"]
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ class OpenvinoEngine(Engine):
         # What an int8 graph does not quantise runs in bf16, too, where that can be had.
         hint = "f32" if precision == "fp32" or not has_bf16 else "bf16"
         hints = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams}
+        # Threads bound to cores would share them with those of another process, while other cores idle.
+        hints["ENABLE_CPU_PINNING"] = False
         compiled = core.compile_model(model, "CPU", hints)
         self._idle: SimpleQueue[Any] = SimpleQueue()
         for _ in range(streams):
