@@ -20,7 +20,7 @@ import click
 HERE = Path(__file__).resolve().parent
 #: name -> what pip installs, and the function of peer_worker.py that runs it.
 PEERS = {
-    "nsam": ([f"{HERE.parent}[cpu,openvino]"], "nsam"),
+    "nsam": ([f"{HERE.parent}[openvino]"], "nsam"),
     "StarDist": (["stardist", "tensorflow-cpu"], "stardist"),
     "InstanSeg": (["instanseg-torch"], "instanseg"),
     "HoVer-Net": (["monai"], "hovernet"),

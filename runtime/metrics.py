@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import lap
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
 
 #: Metrics that `Score` gives, in the order in which tables print them.
 NAMES = ("dice", "aji", "aji_plus", "pq", "sq", "dq", "f1")
@@ -91,11 +90,10 @@ def score(truth: NDArray[Any], predicted: NDArray[Any]) -> Score:
             raise ValueError(f"`{name}` must hold integer labels, is {image.dtype}")
     t_flat, p_flat = _compact(truth), _compact(predicted)
     t_area, p_area = np.bincount(t_flat), np.bincount(p_flat)
-    table = coo_array((np.ones(t_flat.size, np.int64), (t_flat, p_flat))).tocsr().tocoo()
-    t, p, overlap = table.row, table.col, table.data
     t_is, p_is = np.arange(t_area.size) > 0, np.arange(p_area.size) > 0
-    inside = t_is[t] & p_is[p]
-    t, p, overlap = t[inside], p[inside], overlap[inside]
+    both = (t_flat > 0) & (p_flat > 0)
+    pairs, overlap = np.unique(t_flat[both] * p_area.size + p_flat[both], return_counts=True)
+    t, p = np.divmod(pairs, p_area.size)
     union = t_area[t] + p_area[p] - overlap
     iou = overlap / union
 
@@ -161,9 +159,11 @@ def _one_to_one(t: NDArray[np.intp], p: NDArray[np.intp], iou: NDArray[np.float6
     rows, cols = np.unique(t, return_inverse=True)[1], np.unique(p, return_inverse=True)[1]
     if not iou.size:
         return np.zeros(0, np.intp)
-    table = np.zeros((rows.max() + 1, cols.max() + 1))
-    table[rows, cols] = iou
-    index = np.full(table.shape, -1, np.intp)
+    cost = np.ones((rows.max() + 1, cols.max() + 1))
+    cost[rows, cols] -= iou
+    index = np.full(cost.shape, -1, np.intp)
     index[rows, cols] = np.arange(iou.size)
-    chosen: NDArray[np.intp] = index[linear_sum_assignment(table, maximize=True)]
+    _, col_of_row, _ = lap.lapjv(cost, extend_cost=True)
+    paired = np.flatnonzero(col_of_row >= 0)
+    chosen: NDArray[np.intp] = index[paired, col_of_row[paired]]
     return chosen[chosen >= 0]

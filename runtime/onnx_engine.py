@@ -42,7 +42,7 @@ class OnnxEngine(Engine):
         )
         check_tensors(path, card, size, *sides)
         check_embedded(path, card, self._session.get_modelmeta().custom_metadata_map.get("nsam_card"))
-        version = ".".join(_onnxruntime().__version__.split(".")[:2])
+        version = ".".join(_onnxruntime(device).__version__.split(".")[:2])
         cores = f", {threads} threads" if device == "cpu" else ""
         self.device = f"{device} {precision} (ONNX Runtime {version}{cores})"
 
@@ -57,20 +57,21 @@ class OnnxEngine(Engine):
         return maps
 
 
-def _onnxruntime() -> Any:
+def _onnxruntime(device: str) -> Any:
     # Imported late: a missing ONNX Runtime is told when it is needed, and costs nothing before.
     try:
         import onnxruntime
     except ImportError as error:
         raise DeviceError(
-            "onnxruntime is not installed; pip install 'nsam[cpu]', or 'nsam[gpu]' for an NVIDIA GPU"
+            f"`{device}` cannot be had: onnxruntime is not installed; "
+            "pip install 'nsam[cpu]', or 'nsam[gpu]' for an NVIDIA GPU"
         ) from error
     return onnxruntime
 
 
 def _session(path: Path, card: ModelCard, device: str, threads: int, size: int) -> Any:
     """A session that really has the device."""
-    ort = _onnxruntime()
+    ort = _onnxruntime(device)
     providers: list[Any] = list(_PROVIDERS[device])
     first = providers[0]
     if first not in ort.get_available_providers():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 
 from nsam.runtime.metrics import Score, mean_and_pooled, score
 
@@ -79,3 +80,27 @@ def test_wrong_use_is_refused() -> None:
         score(TRUTH, TRUTH[:2])
     with pytest.raises(ValueError, match="integer"):
         score(TRUTH, TRUTH.astype(float))
+
+
+def test_pairs_of_aji_plus_are_the_best_there_are() -> None:
+    """Against another library's assignment, on labels shifted so far that each nucleus touches several."""
+    labels = np.arange(1, 401).reshape(20, 20).repeat(10, 0).repeat(10, 1)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        truth, predicted = (
+            np.where(rng.random(labels.shape) < 0.8, np.roll(labels, rng.integers(0, 9, 2), (0, 1)), 0) for _ in "ab"
+        )
+        iou, overlap, union = (np.zeros((401, 401)) for _ in range(3))
+        np.add.at(overlap, (truth.ravel(), predicted.ravel()), 1)
+        union[:] = np.bincount(truth.ravel())[:, None] + np.bincount(predicted.ravel()) - overlap
+        iou[1:, 1:] = (overlap / union)[1:, 1:]
+        pairs = linear_sum_assignment(iou, maximize=True)
+        paired = iou[pairs] > 0
+        t, p = pairs[0][paired], pairs[1][paired]
+        missed = (
+            np.delete(np.bincount(truth.ravel()), [0, *t]).sum()
+            + np.delete(np.bincount(predicted.ravel()), [0, *p]).sum()
+        )
+        found = score(truth, predicted)
+        assert found.aji_plus_intersection == overlap[t, p].sum()
+        assert found.aji_plus_union == union[t, p].sum() + missed
