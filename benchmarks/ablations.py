@@ -1,4 +1,4 @@
-"""One change of the recipe a row, each trained from nothing for the same number of crops."""
+"""One change of the recipe a row, each trained from the same start for the same number of crops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nsam.train.data import Sample, find_extra, find_samples
 from nsam.train.evaluate import TorchEngine, score_samples
 from nsam.train.fit import fit
 from nsam.train.folds import Fold, make_folds
-from nsam.train.settings import NSAM
+from nsam.train.settings import NSAM, Settings
 
 SHOWN = ("dice", "aji", "pq")
 #: What each row changes in the recipe; a batch of another size takes as many crops in all.
@@ -35,6 +35,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-ema": {"ema": 0.0},
     "batch-16": {"batch": 16},
 }
+#: Beside them, where there are weights to keep: what of them is tuned.
+TUNED: dict[str, dict[str, Any]] = {
+    "decoder": {"tune": "decoder"},
+    "lora": {"tune": "lora"},
+    "lora-16": {"tune": "lora", "rank": 16, "alpha": 16.0},
+}
 
 
 @click.command(context_settings={"show_default": True})
@@ -43,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @click.option("--extra", multiple=True, type=click.Path(path_type=Path), help="Another source to train on.")
 @click.option("--unseen", multiple=True, type=click.Path(path_type=Path), help="A source to test on, never trained on.")
 @click.option("--only", help=f"Rows, separated by commas. [default: all: {', '.join(VARIANTS)}]")
+@click.option("--base", default="none", help="Weights that each row starts from, as of nsam-train.")
 @click.option("--crops", type=click.IntRange(8), default=3200, help="Training crops of each row.")
 @click.option("--fold", type=click.IntRange(0, 4), default=0, help="Official fold; its test part is not looked at.")
 @click.option("--at-once", type=click.IntRange(1), default=1, help="Rows side by side, a thread each.")
@@ -52,6 +59,7 @@ def main(
     extra: tuple[Path, ...],
     unseen: tuple[Path, ...],
     only: str | None,
+    base: str,
     crops: int,
     fold: int,
     at_once: int,
@@ -59,6 +67,7 @@ def main(
     """Train each variant on DATA's fold; score its validation images and all of --unseen.
 
     Thresholds are those that suit the validation images best, row by row. A row that is done is not done again.
+    All weights are tuned; with a --base the rows decoder, lora and lora-16 say what tuning fewer costs.
     With `--only recipe`, the other sources as --extra and one as --unseen, it tells how the recipe does on a laboratory
     that it has not seen.
     """
@@ -68,9 +77,20 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     saved = out / "ablations.json"
     rows: dict[str, Any] = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
-    wanted = [name for name in (only.split(",") if only else VARIANTS) if name not in rows]
+    variants = VARIANTS if base == "none" else VARIANTS | TUNED
+    wanted = [name for name in (only.split(",") if only else variants) if name not in rows]
     with ProcessPoolExecutor(at_once, get_context("spawn")) as pool:
-        jobs = {pool.submit(train, name, parts, strangers, crops, out / name): name for name in wanted}
+        jobs = {
+            pool.submit(
+                train,
+                replace(NSAM, base=base, **{"tune": "full", **variants[name]}),
+                parts,
+                strangers,
+                crops,
+                out / name,
+            ): name
+            for name in wanted
+        }
         for job in as_completed(jobs):
             rows[jobs[job]] = job.result()
             saved.write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -79,15 +99,14 @@ def main(
     print(
         "| | " + " | ".join(f"{place}: Dice, AJI, PQ" for place in places) + " |\n" + "|---" * (1 + len(places)) + "|"
     )
-    for name in (name for name in VARIANTS if name in rows):
+    for name in (name for name in variants if name in rows):
         cells = (", ".join(f"{rows[name][place][metric]:.3f}" for metric in SHOWN) for place in places)
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
-def train(name: str, parts: Fold, strangers: list[Sample], crops: int, out: Path) -> dict[str, Any]:
+def train(settings: Settings, parts: Fold, strangers: list[Sample], crops: int, out: Path) -> dict[str, Any]:
     """A row: minutes, and mean scores by place."""
     torch.set_num_threads(1)
-    settings = replace(NSAM, base="none", tune="full", **VARIANTS[name])
     steps = crops // settings.batch
     settings = replace(settings, steps=steps, validate_every=steps)
     claim(out, settings, parts.train, [], resume=True)

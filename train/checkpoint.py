@@ -16,7 +16,8 @@ import nsam.runtime
 from nsam.runtime.errors import ModelError
 from nsam.train.exported import load_exported
 from nsam.train.lora import add_lora, has_lora, merge_lora
-from nsam.train.model import NucleusNet
+from nsam.train.model import UNUSED, NucleusNet
+from nsam.train.sam_onnx import read_sam_onnx
 from nsam.train.settings import Settings
 
 MOBILE_SAM_URL = "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/master/weights/mobile_sam.pt"
@@ -69,8 +70,8 @@ def build_model(settings: Settings) -> tuple[NucleusNet, str]:
 
 
 def load_base(model: NucleusNet, base: str) -> None:
-    """Load `mobile_sam` (downloaded once, checksum verified), a `.pt` of its layout, a fold of a run, an exported
-    model, or `default`, the one that comes with nsam.
+    """Load `mobile_sam` (downloaded once, checksum verified), a `.pt` of its layout, a folder of its ONNX exports, a
+    fold of a run, an exported model, or `default`, the one that comes with nsam.
 
     Raises:
         ModelError: see `build_model`.
@@ -81,6 +82,9 @@ def load_base(model: NucleusNet, base: str) -> None:
         path = DEFAULT_MODEL if base == "default" else Path(base)
         if (path / "card.json").is_file():
             load_exported(model, path)
+            return
+        if any(path.glob("*.onnx")):
+            load_mobile_sam(model, read_sam_onnx(path), base)
             return
         if path.is_dir():
             model.load_state_dict(_state_of(load_fold(path)[0]), strict=False)
@@ -108,7 +112,9 @@ def load_mobile_sam(model: NucleusNet, state: dict[str, Tensor], source: str = "
     wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(_OWN)}
     # Index tables are buffers that the encoder makes itself.
     extra = [n for n in renamed.keys() - wanted.keys() if not n.endswith("attention_bias_idxs")]
-    missing = [n for n in wanted.keys() - renamed.keys() if not n.endswith("num_batches_tracked")]
+    missing = [
+        n for n in wanted.keys() - renamed.keys() if not n.endswith("num_batches_tracked") and not n.startswith(UNUSED)
+    ]
     other = [n for n in renamed.keys() & wanted.keys() if renamed[n].shape != wanted[n].shape]
     for what, names in (("unknown", extra), ("missing", missing), ("of another shape", other)):
         if names:

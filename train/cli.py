@@ -36,7 +36,8 @@ log = logging.getLogger("nsam")
 @click.option(
     "--base",
     default="mobile_sam",
-    help="mobile_sam (downloaded), default (nsam's own), a .pt file, a run's fold, an exported model, or none.",
+    help="mobile_sam (downloaded), a .pt file of it, a folder of its ONNX exports, default (nsam's own), a run's fold, "
+    "an exported model, or none.",
 )
 @click.option("--tune", type=click.Choice(["lora", "decoder", "full"]), default="lora", help="What is trained.")
 @click.option("--rank", type=click.IntRange(1), help="LoRA's rank. [recipe: 4]")

@@ -13,7 +13,7 @@ class Settings:
 
     recipe: str = "nsam"
     # Model
-    base: str = "mobile_sam"  # downloaded; or `default`, a file, a fold of another run, an exported model, `none`
+    base: str = "mobile_sam"  # downloaded; what else it may be: checkpoint.load_base
     tune: str = "lora"  # LoRA + decoder; `decoder` alone; `full` trains all, the choice when base is none
     rank: int = 4  # 118,784 parameters beside 4.06 M of the decoder
     alpha: float = 4.0  # update scaled by alpha / rank = 1
