@@ -29,6 +29,7 @@ SHOWN = ("dice", "aji", "pq")
 @click.option("--fold", type=click.IntRange(0, 4), help="Only the test part of this official fold. [default: all]")
 @click.option("--every", type=click.IntRange(1), default=1, help="Only every so many images.")
 @click.option("--tta", type=click.Choice([1, 2, 4, 8]), default=1, help="Views of each tile that are averaged.")
+@click.option("--network-mpp", type=float, help="Scale at which the network sees them, µm/px. [default: the model's]")
 @click.option("--shifts/--no-shifts", default=False, help="Also under each simulated shift.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
@@ -39,17 +40,19 @@ def main(
     fold: int | None,
     every: int,
     tta: int,
+    network_mpp: float | None,
     shifts: bool,
     threads: int | None,
     json_path: Path | None,
 ) -> None:
     """Score the model on DATA: NuInsSeg's folder, or one with `images` and `labels`."""
-    engine = load(model, threads=threads, tta=tta)
+    engine = load(model, threads=threads, tta=tta, network_mpp=network_mpp)
     samples = find_samples(data, mpp)
     if fold is not None:
         samples = make_folds(samples)[fold].test
     samples = samples[::every]
-    click.echo(f"{len(samples)} images, {engine.card.name} {engine.card.version}, {engine.device}, {tta} views")
+    seen = f"{tta} views at {engine.card.input.mpp:g} µm/px"
+    click.echo(f"{len(samples)} images, {engine.card.name} {engine.card.version}, {engine.device}, {seen}")
     results: dict[str, dict[str, Any]] = {}
     for name, change in conditions(shifts):
         begin = time.perf_counter()

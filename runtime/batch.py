@@ -44,7 +44,7 @@ def run(settings: Settings) -> int:
     if "parquet" in settings.outputs:
         check_parquet()
     _check_writable(settings.out)
-    card = engines.read_card(settings.model)
+    card = engines.read_card(settings.model, settings.network_mpp)
     job = Job.of(settings, card)
     failed_csv = settings.out / "failed.csv"
     failures: list[Outcome] = []

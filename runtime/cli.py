@@ -119,6 +119,13 @@ def _roi(
     help="Test-time augmentation: turned and mirrored views of each tile whose maps are averaged. Slower likewise.",
 )
 @click.option(
+    "--network-mpp",
+    metavar="MPP",
+    type=float,
+    help="Micrometres per pixel at which the network sees tissue. Coarser is faster by the square, and finds less.  "
+    "[default: the model's own]",
+)
+@click.option(
     "--outputs",
     metavar="LIST",
     callback=names_of(OUTPUTS),

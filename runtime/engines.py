@@ -71,13 +71,25 @@ class Engine(Protocol):
             yield self.run(images)
 
 
-def read_card(model_dir: Path | None = None) -> ModelCard:
+def read_card(model_dir: Path | None = None, network_mpp: float | None = None) -> ModelCard:
     """The card of a model directory, or of the model that comes with nsam.
 
+    Args:
+        model_dir: see `load`.
+        network_mpp: a scale to show tissue at in place of the card's own, µm/px.
+
     Raises:
-        ModelError: it is missing or broken.
+        ModelError: it is missing or broken, or the scale is beyond half or twice its own.
     """
-    return ModelCard.read(model_dir or DEFAULT_MODEL)
+    card = ModelCard.read(model_dir or DEFAULT_MODEL)
+    if network_mpp is None:
+        return card
+    own = card.input.mpp
+    if not own / 2 <= network_mpp <= 2 * own:
+        raise ModelError(
+            f"`--network-mpp {network_mpp:g}`: this model learnt at {own:g} µm/px; give {own / 2:g} to {2 * own:g}"
+        )
+    return dataclasses.replace(card, input=dataclasses.replace(card.input, mpp=network_mpp))
 
 
 def load(
@@ -86,6 +98,7 @@ def load(
     threads: int | None = None,
     tta: int = 1,
     precision: Precision = "auto",
+    network_mpp: float | None = None,
 ) -> Engine:
     """Load a file of a model directory, after checking it against the card.
 
@@ -96,13 +109,14 @@ def load(
         threads: CPU threads; None: as many as `available_cores`.
         tta: views of each tile whose maps are averaged; see `tta.Averaged`.
         precision: `auto` takes the fastest that the device runs and the folder holds.
+        network_mpp: see `read_card`.
 
     Raises:
-        ModelError: card, file and graph do not fit together; the message names the field.
+        ModelError: card, file and graph do not fit together, the message names the field; or see `read_card`.
         DeviceError: a library is missing, or the device cannot be had.
     """
     model_dir = model_dir or DEFAULT_MODEL
-    card = read_card(model_dir)
+    card, seen = read_card(model_dir), read_card(model_dir, network_mpp)
     missed: list[str] = []
     for name in AUTO if device == "auto" else (device,):
         try:
@@ -114,6 +128,7 @@ def load(
             continue
         notes = [*missed, *(f"parity failed at {link} when the model was made" for link in card.failed_links)]
         engine.device += "".join(f"; {note}" for note in notes)
+        engine.card = seen
         return Averaged(engine, tta) if tta > 1 else engine
     raise AssertionError("`AUTO` ends with a device that is had or raises")
 

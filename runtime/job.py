@@ -50,7 +50,7 @@ class Job:
             ModelError, DeviceError: see `engines.load`.
         """
         s = self.settings
-        return _engine(self.run_hash, s.model, s.device, s.threads, s.tta, s.precision)
+        return _engine(self.run_hash, s.model, s.device, s.threads, s.tta, s.precision, s.network_mpp)
 
     def outcome(self, source: Source, folder: Path, on_progress: Progress = lambda done, total: None) -> Outcome:
         """Segment a slide and write its results; a failure is an outcome, too."""
@@ -163,7 +163,8 @@ class Job:
                 mpp, mpp_source = _mpp(slide, source.mpp, s.mpp)
             with at("mask"):
                 region = Region.of(slide, mpp, mask=source.mask, tissue=s.tissue_mask, roi=s.roi)
-            yield slide, Frame.of(slide, engines.read_card(s.model), mpp, region), mpp_source
+            card = engines.read_card(s.model, s.network_mpp)
+            yield slide, Frame.of(slide, card, mpp, region), mpp_source
 
     def _slide_hash(self, source: Source) -> str:
         """A hash of all that changes a slide's results."""
@@ -217,6 +218,7 @@ def run_hash_of(card: ModelCard, settings: Settings) -> str:
             "post": dataclasses.asdict(card.post),
             "mpp": settings.mpp,
             "tta": settings.tta,
+            "network_mpp": card.input.mpp,
             "tissue_mask": settings.tissue_mask,
             "roi": settings.roi,
         }

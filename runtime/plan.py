@@ -33,7 +33,7 @@ def dry_run(settings: Settings) -> int:
         NsamError: no run could begin; inputs, model or device do not fit.
     """
     sources = find_slides(settings.inputs, settings.mask_dir)
-    job = Job.of(settings, engines.read_card(settings.model))
+    job = Job.of(settings, engines.read_card(settings.model, settings.network_mpp))
     engine = job.engine()
     smallest = engine.card.input.size
     rate = tiles_per_second(engine, settings.batch)

@@ -54,6 +54,8 @@ class Settings:
     batch: int = 4
     #: Views of each tile whose maps are averaged; each costs a whole pass of the network.
     tta: int = 1
+    #: µm per px at which the network sees tissue; None: the model's own. Time falls with its square.
+    network_mpp: float | None = None
     #: Each serves another reader; what is left out says the same again, in another format.
     outputs: tuple[str, ...] = ("geojson", "csv", "labels", "overlay")
     #: A Dask scheduler whose workers take the slides: an address, a scheduler file, or `local:N`; None: this process.

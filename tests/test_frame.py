@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from PIL import Image
 
 from nsam.runtime.card import InputSpec, ModelCard
+from nsam.runtime.cli import main
+from nsam.runtime.engines import load
+from nsam.runtime.errors import ModelError
 from nsam.runtime.frame import Frame
 from nsam.runtime.region import Region
 from nsam.runtime.slides import ArraySlide
@@ -46,6 +53,31 @@ def test_what_is_wanted_does_not_change_the_size() -> None:
     corner = Region.of(blank(5000, 5000), 0.25, tissue=False, roi=(2, 2, 200, 200))
     assert frame_of(5000, 5000, corner).tile_px == frame_of(5000, 5000).tile_px == 896
     assert frame_of(5000, 5000, corner).tiles_wanted == 1
+
+
+def test_another_scale_for_the_network(tiny_model: Path, tmp_path: Path, draw_discs: Any) -> None:
+    """Nuclei are where they were, from a quarter of the pixels."""
+    Image.fromarray(draw_discs((400, 300), [(100, 80), (260, 200)], 24)).save(tmp_path / "a.png")
+    slides = {}
+    for scale in ("", "0.25", "0.5"):
+        out = tmp_path / f"out{scale}"
+        options = ["--out", str(out), "--model", str(tiny_model), "--mpp", ".25", "--device", "cpu"]
+        found = CliRunner().invoke(
+            main, [str(tmp_path / "a.png"), *options, *(["--network-mpp", scale] if scale else [])]
+        )
+        assert found.exit_code == 0, found.stderr
+        slides[scale] = json.loads((out / "a" / "slide.json").read_text())
+        assert slides[scale]["nuclei"] == 2
+    assert slides[""]["run_hash"] == slides["0.25"]["run_hash"] != slides["0.5"]["run_hash"]
+    assert 3 * slides["0.5"]["tiles"] < slides[""]["tiles"]
+    assert load(tiny_model, "cpu", network_mpp=0.5).card.input.mpp == 0.5
+    fine, coarse = (
+        np.genfromtxt(tmp_path / f"out{s}" / "a" / "nuclei.csv", delimiter=",", names=True) for s in ("", "0.5")
+    )
+    for name in ("x_px", "y_px", "area_um2"):
+        np.testing.assert_allclose(coarse[name], fine[name], rtol=0.05)
+    with pytest.raises(ModelError, match=r"`--network-mpp 0.6`: this model learnt at 0.25 µm/px; give 0.125 to 0.5"):
+        load(tiny_model, "cpu", network_mpp=0.6)
 
 
 @pytest.mark.parametrize(("batch", "size", "scaled"), [(4, 448, 4), (4, 672, 1), (16, 896, 4), (1, 1120, 1)])
