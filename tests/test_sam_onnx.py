@@ -5,11 +5,13 @@ The graphs are drawn here as torch's older exporter writes them, since no export
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from fake_mobile_sam import mobile_sam_state
@@ -141,6 +143,21 @@ def test_weights_and_maps_are_those_of_the_official_file(state: dict[str, Tensor
         wanted, got = (network.train().eval()(images) for network in (official, read))
     assert float(wanted.std()) > 0.01
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.std()))
+
+
+def test_real_exports_give_their_own_embeddings() -> None:
+    """The encoder with the weights that were read, and the file that they were read from."""
+    if "NSAM_SAM_ONNX" not in os.environ:
+        pytest.skip("no exports of MobileSAM: name their folder in NSAM_SAM_ONNX (README, Weights)")
+    folder = Path(os.environ["NSAM_SAM_ONNX"])
+    model, _ = build_model(replace(BASED, base=str(folder)))
+    image = torch.randn(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(folder / "encoder.onnx")
+    wanted = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
+    with torch.no_grad():
+        got = model.train().eval().encoder(image)[0].numpy()
+    assert np.abs(wanted).max() > 0.1
+    assert np.abs(got - wanted).max() < 1e-5
 
 
 def test_half_of_it_or_another_graph_is_refused(exports: Path, tmp_path: Path) -> None:
