@@ -82,12 +82,15 @@ def main(
 
 
 def install(env: Path, packages: list[str]) -> float:
-    """Make the environment if it is not there; its size in MB."""
+    """Make the environment if it is not there, with nsam as it is now; its size in MB."""
+    pip = [env / "bin" / "pip", "install", "-q"]
     if not (env / "done").is_file():
         click.echo(f"installing {', '.join(packages)} ...", err=True)
         venv.create(env, with_pip=True, clear=True)
-        subprocess.run([env / "bin" / "pip", "install", "-q", "tifffile", *packages], check=True)
+        subprocess.run([*pip, "tifffile", *packages], check=True)
         (env / "done").touch()
+    elif packages == PEERS["nsam"][0]:
+        subprocess.run([*pip, "--force-reinstall", "--no-deps", *packages], check=True)
     return sum(path.stat().st_size for path in env.rglob("*") if path.is_file() and not path.is_symlink()) / 1e6
 
 
