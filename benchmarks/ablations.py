@@ -79,16 +79,10 @@ def main(
     rows: dict[str, Any] = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
     variants = VARIANTS if base == "none" else VARIANTS | TUNED
     wanted = [name for name in (only.split(",") if only else variants) if name not in rows]
+    start = replace(NSAM, base=base, tune="full")
     with ProcessPoolExecutor(at_once, get_context("spawn")) as pool:
         jobs = {
-            pool.submit(
-                train,
-                replace(NSAM, base=base, **{"tune": "full", **variants[name]}),
-                parts,
-                strangers,
-                crops,
-                out / name,
-            ): name
+            pool.submit(train, replace(start, **variants[name]), parts, strangers, crops, out / name): name
             for name in wanted
         }
         for job in as_completed(jobs):

@@ -21,7 +21,6 @@ import numpy as np
 from PIL import Image
 from wholeslide import write_mosaic
 
-from nsam.runtime import engines
 from nsam.runtime.errors import NsamError
 from nsam.runtime.inputs import Source
 from nsam.runtime.job import Job
@@ -135,7 +134,7 @@ def measure(case: Case, device: Device, slide: Path) -> dict[str, Any]:
             workers=case.workers,
             tissue_mask=False,  # how much of a mosaic is tissue changes with its size
         )
-        job = Job.of(settings, engines.read_card())
+        job = Job.of(settings)
         engine = job.engine()
         with job.opened(Source(slide)) as (_, frame, _):
             size = frame.tile_px

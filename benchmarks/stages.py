@@ -66,7 +66,7 @@ def main(slide: Path, json_path: Path | None, **options: Any) -> None:
 
 def run(slide: Path, settings: Settings) -> dict[str, Any]:
     """All figures of one run."""
-    work = job.Job.of(settings, engines.read_card(settings.model, settings.network_mpp))
+    work = job.Job.of(settings)
     engine = work.engine()
     try:
         with work.opened(Source(slide)) as (_, frame, _):

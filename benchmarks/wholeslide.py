@@ -56,13 +56,13 @@ def main(tissue: Path, folder: Path, side: int, height: int | None, device: str,
 
 def run(slide: Path, out: Path, device: str) -> dict[str, Any]:
     """One run of `nsam-infer` in this process, with its stages watched."""
-    from nsam.runtime import batch, engines, pipeline
+    from nsam.runtime import batch, pipeline
     from nsam.runtime.inputs import Source
     from nsam.runtime.job import Job
     from nsam.runtime.settings import Settings
 
     settings = Settings(inputs=(str(slide),), out=out, device=device)  # type: ignore[arg-type]
-    job = Job.of(settings, engines.read_card())
+    job = Job.of(settings)
     engine = job.engine()
     with job.opened(Source(slide)) as (_, frame, _):
         size = frame.tile_px

@@ -15,7 +15,6 @@ from typing import Protocol
 
 import click
 
-from nsam.runtime import engines
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import OutputError
 from nsam.runtime.inputs import Source, find_slides, folder_names
@@ -44,8 +43,7 @@ def run(settings: Settings) -> int:
     if "parquet" in settings.outputs:
         check_parquet()
     _check_writable(settings.out)
-    card = engines.read_card(settings.model, settings.network_mpp)
-    job = Job.of(settings, card)
+    job = Job.of(settings)
     failed_csv = settings.out / "failed.csv"
     failures: list[Outcome] = []
     done = skipped = nuclei = 0
@@ -53,7 +51,7 @@ def run(settings: Settings) -> int:
     with report_at_end(settings.out), _place(settings) as place, progress(len(sources)) as bar:
         device = place.begin(job)
         bar.say(f"device: {device}")
-        write_text(settings.out / "run.json", describe(settings, card, device, job.run_hash))
+        write_text(settings.out / "run.json", describe(settings, job.card, device, job.run_hash))
         with output_errors(failed_csv):
             failed_csv.unlink(missing_ok=True)
         names = folder_names([source.path for source in sources])

@@ -81,7 +81,10 @@ def read_card(model_dir: Path | None = None, network_mpp: float | None = None) -
     Raises:
         ModelError: it is missing or broken, or the scale is beyond half or twice its own.
     """
-    card = ModelCard.read(model_dir or DEFAULT_MODEL)
+    return _at_scale(ModelCard.read(model_dir or DEFAULT_MODEL), network_mpp)
+
+
+def _at_scale(card: ModelCard, network_mpp: float | None) -> ModelCard:
     if network_mpp is None:
         return card
     own = card.input.mpp
@@ -116,7 +119,8 @@ def load(
         DeviceError: a library is missing, or the device cannot be had.
     """
     model_dir = model_dir or DEFAULT_MODEL
-    card, seen = read_card(model_dir), read_card(model_dir, network_mpp)
+    card = read_card(model_dir)
+    seen = _at_scale(card, network_mpp)
     missed: list[str] = []
     for name in AUTO if device == "auto" else (device,):
         try:

@@ -36,12 +36,18 @@ class Job:
     """What is the same for all slides of a run; it travels to the workers of a cluster."""
 
     settings: Settings
+    card: ModelCard  # the model's, at the scale that was asked for
     run_hash: str
 
     @classmethod
-    def of(cls, settings: Settings, card: ModelCard) -> Job:
-        """The job of a run with a model."""
-        return cls(settings, run_hash_of(card, settings))
+    def of(cls, settings: Settings) -> Job:
+        """The job of a run.
+
+        Raises:
+            ModelError: see `engines.read_card`.
+        """
+        card = engines.read_card(settings.model, settings.network_mpp)
+        return cls(settings, card, run_hash_of(card, settings))
 
     def engine(self) -> engines.Engine:
         """The network, loaded once in each process.
@@ -163,8 +169,7 @@ class Job:
                 mpp, mpp_source = _mpp(slide, source.mpp, s.mpp)
             with at("mask"):
                 region = Region.of(slide, mpp, mask=source.mask, tissue=s.tissue_mask, roi=s.roi)
-            card = engines.read_card(s.model, s.network_mpp)
-            yield slide, Frame.of(slide, card, mpp, region), mpp_source
+            yield slide, Frame.of(slide, self.card, mpp, region), mpp_source
 
     def _slide_hash(self, source: Source) -> str:
         """A hash of all that changes a slide's results."""

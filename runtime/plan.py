@@ -9,7 +9,6 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from nsam.runtime import engines
 from nsam.runtime.engines import Engine
 from nsam.runtime.inputs import find_slides
 from nsam.runtime.job import Job
@@ -33,7 +32,7 @@ def dry_run(settings: Settings) -> int:
         NsamError: no run could begin; inputs, model or device do not fit.
     """
     sources = find_slides(settings.inputs, settings.mask_dir)
-    job = Job.of(settings, engines.read_card(settings.model, settings.network_mpp))
+    job = Job.of(settings)
     engine = job.engine()
     smallest = engine.card.input.size
     rate = tiles_per_second(engine, settings.batch)

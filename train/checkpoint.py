@@ -16,7 +16,7 @@ import nsam.runtime
 from nsam.runtime.errors import ModelError
 from nsam.train.exported import load_exported
 from nsam.train.lora import add_lora, has_lora, merge_lora
-from nsam.train.model import UNUSED, NucleusNet
+from nsam.train.model import NucleusNet, needed
 from nsam.train.sam_onnx import read_sam_onnx
 from nsam.train.settings import Settings
 
@@ -112,9 +112,7 @@ def load_mobile_sam(model: NucleusNet, state: dict[str, Tensor], source: str = "
     wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(_OWN)}
     # Index tables are buffers that the encoder makes itself.
     extra = [n for n in renamed.keys() - wanted.keys() if not n.endswith("attention_bias_idxs")]
-    missing = [
-        n for n in wanted.keys() - renamed.keys() if not n.endswith("num_batches_tracked") and not n.startswith(UNUSED)
-    ]
+    missing = needed(wanted.keys() - renamed.keys())
     other = [n for n in renamed.keys() & wanted.keys() if renamed[n].shape != wanted[n].shape]
     for what, names in (("unknown", extra), ("missing", missing), ("of another shape", other)):
         if names:

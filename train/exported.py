@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import ModelError
-from nsam.train.model import UNUSED, NucleusNet
+from nsam.train.model import UNUSED, NucleusNet, needed
 
 BASE_NAME = "base.safetensors"
 
@@ -74,7 +74,7 @@ def load_exported(model: NucleusNet, model_dir: Path) -> None:
         missing, unknown = model.load_state_dict(state, strict=False)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ModelError(f"`{model_dir}`: not the weights of this architecture ({error}); export it again") from error
-    missing = [n for n in missing if not n.startswith(UNUSED) and not n.endswith("num_batches_tracked")]
+    missing = needed(missing)
     if missing or unknown:
         raise ModelError(f"`{model_dir}`: not the weights of this architecture ({[*missing, *unknown][0]})")
 

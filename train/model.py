@@ -7,7 +7,7 @@ of nuclei, and the graph has one input and one output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import timm
 import torch
@@ -34,6 +34,11 @@ UNUSED = (
 Early = tuple[Tensor, Tensor, Tensor]  # (N, 32, H/2, W/2), (N, 64, H/4, W/4), (N, 128, H/8, W/8)
 WINDOW = 224  # px after which the encoder's windows repeat; sides of which it is no divisor need padded tokens
 MULTIPLE_OF = 32  # TinyViT halves its input five times before the last stage's stride is taken back
+
+
+def needed(names: Iterable[str]) -> list[str]:
+    """Those of the state's names without whose values the maps would be others."""
+    return [name for name in names if not name.startswith(UNUSED) and not name.endswith("num_batches_tracked")]
 
 
 class LayerNorm2d(nn.Module):

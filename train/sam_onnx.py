@@ -59,7 +59,7 @@ def _encoder(graph: onnx.GraphProto, tensors: dict[str, Tensor]) -> Iterator[tup
         yield f"image_encoder.{name}", value
     for node in graph.node:
         module = f"image_encoder.{_module(node.name)}"
-        folded = [tensors[name] for name in node.input if name.startswith("onnx::") and name in tensors]
+        folded = _numbered(node, tensors)
         if node.op_type == "Conv" and len(folded) == 2:
             weight, bias = folded
             norm = module.removesuffix(".c") + ".bn"
@@ -82,7 +82,7 @@ def _decoder(graph: onnx.GraphProto, tensors: dict[str, Tensor]) -> Iterator[tup
         if name.startswith(("mask_decoder.", "prompt_encoder.")):
             yield name, value
     for node in graph.node:
-        for value in (tensors[name] for name in node.input if name.startswith("onnx::") and name in tensors):
+        for value in _numbered(node, tensors):
             if node.op_type == "Expand":
                 yield "mask_decoder.iou_token.weight", value[0, :1].clone()
                 yield "mask_decoder.mask_tokens.weight", value[0, 1:].clone()
@@ -97,11 +97,16 @@ def _weights(graph: onnx.GraphProto, tensors: dict[str, Tensor]) -> Iterator[tup
             yield name.removeprefix("model."), value
     for node in graph.node:
         module = _module(node.name)
-        for value in (tensors[name] for name in node.input if name.startswith("onnx::") and name in tensors):
+        for value in _numbered(node, tensors):
             if node.op_type == "MatMul":
                 yield f"{module}.weight", value.T.contiguous()
             elif node.op_type in ("Mul", "Add") and value.ndim == 3:
                 yield f"{module}.{'weight' if node.op_type == 'Mul' else 'bias'}", value.flatten()
+
+
+def _numbered(node: onnx.NodeProto, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """A node's weights that the exporter changed, and gave a number for a name."""
+    return [tensors[name] for name in node.input if name.startswith("onnx::") and name in tensors]
 
 
 def _tensor(tensor: onnx.TensorProto) -> Tensor:
