@@ -83,8 +83,9 @@ class Job:
             return None
         start = time.monotonic()
         with self.opened(source) as (slide, frame, mpp_source):
-            mpp, store = frame.mpp, self._store(source, folder, frame.mpp)
+            mpp = frame.mpp
             with at("infer"):
+                store = self._store(source, folder, mpp)
                 strips = segment_slide(
                     slide,
                     self.engine(),

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from nsam.runtime import job, segment
 from nsam.runtime.cli import main
 from nsam.runtime.engines import load
 from nsam.runtime.errors import InputError
+from nsam.runtime.inputs import Source
 from nsam.runtime.pipeline import segment_slide
 from nsam.runtime.settings import OUTPUTS, THUMBNAIL_NAME
 from nsam.runtime.slides import ArraySlide
@@ -356,6 +358,27 @@ def test_the_unexpected_is_one_line(
     assert "failed: unexpected: ZeroDivisionError: by zero (run with -v for the traceback)\n" in result.stderr
     assert ("Traceback" in caplog.text) == verbose
     assert failures(tmp_path / "out")[0]["stage"] == "infer"
+
+
+def test_a_slide_that_vanishes_costs_no_other(
+    infer: Callable[..., Result], png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it was opened, on a network's disk for instance."""
+    shutil.copyfile(png, tmp_path / "b.png")
+    real = job.Job.opened
+
+    @contextmanager
+    def vanishing(self: job.Job, source: Source) -> Iterator[Any]:
+        with real(self, source) as found:
+            if source.path.name == "b.png":
+                source.path.unlink()
+            yield found
+
+    monkeypatch.setattr(job.Job, "opened", vanishing)
+    result = infer(tmp_path / "b.png", png, "--mpp", 0.25)
+    assert result.exit_code == 1
+    assert [row["slide"] for row in failures(tmp_path / "out")] == [str(tmp_path / "b.png")]
+    assert "1 slides done, 0 skipped, 1 failed" in result.output
 
 
 def test_interrupt_keeps_what_is_finished(
