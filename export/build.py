@@ -43,8 +43,7 @@ def build(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
         InputError: the images for the proof are not where the run found them.
         OutputError: `settings.out` exists and may not be overwritten, or cannot be written.
     """
-    if settings.out.exists() and not settings.overwrite:
-        raise OutputError(f"`{settings.out}`: exists; pass --overwrite to replace it, or another --out")
+    _check_replaceable(settings.out, settings.overwrite)
     model, trained = load_fold(settings.fold_dir)
     metrics = _finished_metrics(settings.fold_dir)
     card = replace(
@@ -65,6 +64,15 @@ def build(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
     except OSError as error:
         raise OutputError(f"`{settings.out}`: cannot be written ({error.strerror or error})") from error
     return settings.out
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not overwrite:
+        raise OutputError(f"`{out}`: exists; pass --overwrite to replace it, or another --out")
+    if out.is_file() or (any(out.iterdir()) and not (out / "card.json").is_file()):  # a run, or a folder of models
+        raise OutputError(f"`{out}`: no model; --overwrite replaces nothing else, give another --out")
 
 
 def _draft(settings: Settings, trained: Trained, metrics: dict[str, Any]) -> ModelCard:
@@ -179,23 +187,27 @@ def _write_model(
 
 
 def fold_samples(settings: Settings, part: str) -> list[Sample]:
-    """The images of a fold's part, `train` or `validation`, by `folds.csv`.
+    """The images of a fold's part, `train` or `validation`, and their scales, by `folds.csv`.
 
     Raises:
         InputError: they are not below the data folder.
+        ModelError: `folds.csv` is not there.
     """
     run, fold = settings.fold_dir.parent, settings.fold_dir.name
     root, *extra = settings.data or [Path(source) for source in _config(settings)["data"]["sources"]]
-    samples = [*find_samples(root, settings.data_mpp), *(sample for source in extra for sample in find_extra(source))]
+    samples = [*find_samples(root), *(sample for source in extra for sample in find_extra(source))]
     found = {sample.name: sample for sample in samples}
-    with (run / "folds.csv").open(newline="", encoding="utf-8") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["fold"] == fold and row["part"] == part]
+    try:
+        with (run / "folds.csv").open(newline="", encoding="utf-8") as stream:
+            rows = [row for row in csv.DictReader(stream) if row["fold"] == fold and row["part"] == part]
+    except OSError as error:
+        raise ModelError(f"`{run / 'folds.csv'}`: cannot be read ({error.strerror})") from error
     missing = [row["image"] for row in rows if row["image"] not in found]
     if missing or not rows:
         raise InputError(
             f"`{root}`: not the data of this run ({missing[:1] or 'no images'}); pass --data, once for each source"
         )
-    return [found[row["image"]] for row in rows]
+    return [replace(found[row["image"]], mpp=float(row["mpp"])) for row in rows]
 
 
 def _finished_metrics(fold_dir: Path) -> dict[str, Any]:

@@ -43,10 +43,10 @@ def check(model_dir: Path, say: Callable[[str], None] = lambda line: None) -> No
     for name in card.files:
         card.verify_file(model_dir, name)
     say(f"card of {card.name} {card.version}; {len(card.files)} files have their hashes")
-    proof = json.loads(_readable(model_dir / "parity.json"))
-    if not proof["passed"]:
+    passed, links = _proof(model_dir / "parity.json")
+    if not passed:
         raise ModelError(f"`{model_dir}`: parity failed when it was made ({', '.join(card.failed_links)})")
-    say(f"parity: {len(proof['links'])} links passed when it was made")
+    say(f"parity: {links} links passed when it was made")
     with np.load(card.verify_file(model_dir, REFERENCE_NAME), allow_pickle=False) as stored:
         tile, maps = stored["tile"], stored["maps"].astype(np.float32)
     nuclei = _nuclei(maps[0], card)
@@ -80,8 +80,10 @@ def _nuclei(maps: NDArray[np.float32], card: ModelCard) -> NDArray[np.int32]:
     return separate(maps, card.output, card.post, card.input.mpp * card.output.stride)
 
 
-def _readable(path: Path) -> str:
+def _proof(path: Path) -> tuple[bool, int]:
+    """Whether all links passed, and how many there are."""
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ModelError(f"`{path}`: cannot be read; export the model again") from error
+        proof = json.loads(path.read_text(encoding="utf-8"))
+        return proof["passed"], len(proof["links"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"`{path}`: broken; export the model again") from error

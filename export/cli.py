@@ -40,7 +40,6 @@ from nsam.runtime.options import names_of
     multiple=True,
     help="The run's data, and its --extra in their order, for the proof. [default: where the run found them]",
 )
-@click.option("--data-mpp", type=float, help="Scale of those images, µm/px, if the run was given it.")
 @click.option("--name", default="nsam", help="Name in the card.")
 @click.option("--model-version", default="0.1.0", help="Version in the card.")
 @click.option("--licence", default="Apache-2.0", help="Licence in the card.")

@@ -18,7 +18,6 @@ class Settings:
     fold_dir: Path
     out: Path
     data: tuple[Path, ...] = ()  # the run's data, then its --extra in their order; empty: where the run found them
-    data_mpp: float | None = None  # µm/px of those images, when the run was given it
     name: str = "nsam"
     model_version: str = "0.1.0"
     licence: str = "Apache-2.0"

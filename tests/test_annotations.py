@@ -68,6 +68,26 @@ def test_what_outlines_nothing_is_one_line(tmp_path: Path, content: str) -> None
         read_annotations(path, (4, 4))
 
 
+def test_of_a_cell_the_nucleus_counts(tmp_path: Path) -> None:
+    cell = feature(square(0, 0, 12, 12)) | {"nucleusGeometry": feature(square(4, 4, 8, 8))["geometry"]}
+    assert (read_annotations(write(tmp_path / "a.geojson", [cell]), (20, 20)) > 0).sum() == 16
+
+
+def test_outlines_that_are_not_the_image_s_nuclei_are_named(tmp_path: Path) -> None:
+    def refused(*features: dict[str, Any]) -> str:
+        with pytest.raises(InputError) as caught:
+            read_annotations(write(tmp_path / "a.geojson", features), (20, 20))
+        return str(caught.value)
+
+    nuclei = [feature(square(2, 2, 6, 6)), feature(square(10, 10, 15, 15))]
+    assert "feature 1 encloses 2 others" in refused(feature(square(0, 0, 20, 20)), *nuclei)
+    assert "feature 3 lies outside the image of 20 x 20 px" in refused(*nuclei, feature(square(5000, 70, 5009, 80)))
+    nuclei[1]["geometry"]["plane"] = {"c": -1, "z": 3, "t": 0}
+    assert "several planes" in refused(*nuclei)
+    for broken in ([[]], [[[1, 2], [3, 4]]], [[[1, 2], [3, float("nan")], [5, 6]]], [], [[[[1, 2], [3, 4], [5, 6]]]]):
+        assert "no outline" in refused({"geometry": {"type": "Polygon", "coordinates": broken}})
+
+
 def test_what_nsam_infer_writes_can_be_corrected_and_trained_on(
     tmp_path: Path, tiny_model: Path, draw_discs: Any
 ) -> None:

@@ -8,7 +8,7 @@ import tifffile
 from PIL import Image
 
 from nsam.runtime.errors import InputError
-from nsam.train.data import Sample, find_extra, find_samples, read_labels, read_sample
+from nsam.train.data import Sample, check_distinct, find_extra, find_samples, read_labels, read_sample
 from nsam.train.folds import final_fold, make_folds
 
 
@@ -70,6 +70,56 @@ def test_bad_labels_are_named(tmp_path: Path) -> None:
     np.save(tmp_path / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="cannot be read"):
         read_labels(tmp_path / "pickle.npy")
+
+
+def test_labels_that_would_teach_nonsense_are_named(tmp_path: Path) -> None:
+    blobs = np.zeros((40, 40), np.int64)
+    blobs[::4, ::4] = 255  # a hundred pieces
+    for array, message in (
+        (blobs, "a mask, 100 pieces have the value 255"),
+        (blobs - 1, "-1"),
+        (blobs << 24, "labels must"),
+    ):
+        np.save(tmp_path / "a.npy", array)
+        with pytest.raises(InputError, match=message):
+            read_labels(tmp_path / "a.npy")
+    blobs[0, 0] = 7  # ids, one of which is 255
+    np.save(tmp_path / "a.npy", blobs)
+    assert read_labels(tmp_path / "a.npy").max() == 255
+
+
+def test_an_image_that_says_its_scale_is_believed(tmp_path: Path) -> None:
+    make_pair(tmp_path)
+    (tmp_path / "images" / "a.png").unlink()
+    tifffile.imwrite(
+        tmp_path / "images" / "a.tif",
+        np.zeros((16, 16, 3), np.uint8),
+        photometric="rgb",
+        resolution=(20_000, 20_000),
+        resolutionunit="CENTIMETER",
+    )
+    assert find_samples(tmp_path)[0].mpp == pytest.approx(0.5)
+    assert find_samples(tmp_path, 0.3)[0].mpp == 0.3
+
+
+def test_an_image_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    make_pair(tmp_path)
+    own = find_samples(tmp_path)
+    check_distinct(own)
+    with pytest.raises(InputError, match="the same file"):
+        check_distinct([*own, *find_extra(tmp_path)])
+    (tmp_path / "a" / "he").mkdir(parents=True)
+    (tmp_path / "b" / "he").mkdir(parents=True)
+    for site in "ab":
+        make_pair(tmp_path / site / "he")
+    with pytest.raises(InputError, match="rename one of the folders"):
+        check_distinct([sample for site in "ab" for sample in find_extra(tmp_path / site / "he")])
+
+
+def test_an_umlaut_is_the_same_in_both_ways_of_writing_it(tmp_path: Path) -> None:
+    make_pair(tmp_path, "Pr\u00e4parat")
+    (tmp_path / "labels" / "Pr\u00e4parat.tif").rename(tmp_path / "labels" / "Pra\u0308parat.tif")
+    assert len(find_samples(tmp_path)) == 1
 
 
 def test_folders_without_images(tmp_path: Path) -> None:

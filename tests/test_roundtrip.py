@@ -230,6 +230,11 @@ def test_what_cannot_be_exported_is_one_line(run: Path, model_dir: Path, small_d
 
     fold = str(run / "fold0")
     assert "exists; pass --overwrite" in fails(fold, "--out", str(model_dir))
+    for no_model in (run, run.parent):
+        assert "no model; --overwrite replaces nothing else" in fails(fold, "--out", str(no_model), "--overwrite")
+    shutil.copytree(model_dir, tmp_path / "damaged")
+    (tmp_path / "damaged" / "parity.json").write_text("{")
+    assert "parity.json`: broken" in fails("--check", str(tmp_path / "damaged"))
     assert "missing; name a fold" in fails(str(tmp_path), "--out", str(tmp_path / "m"))
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()

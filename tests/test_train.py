@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from nsam.runtime.errors import ModelError
 from nsam.train.checkpoint import build_model, load_fold
 from nsam.train.cli import main
 from nsam.train.data import find_samples
@@ -184,6 +186,38 @@ def test_eval_only_repeats_the_figures_and_notices_other_weights(tmp_path: Path,
     assert "dice of its test part does not repeat" in result.stderr
     result = CliRunner().invoke(main, [str(discs), "--out", str(tmp_path), "--fold", "1", "--eval-only"])
     assert "not finished" in result.stderr
+    more = ["--fold", "0", "--eval-only", "--data-mpp", "0.5"]
+    assert "saw other data" in CliRunner().invoke(main, [str(discs), "--out", str(tmp_path), *more]).stderr
+
+
+def test_a_bad_label_of_any_part_is_named_before_the_run_begins(tmp_path: Path, discs: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(discs, data)
+    tifffile.imwrite(data / "labels" / "7.tif", np.zeros((5, 5), np.uint8))
+    for fold in range(5):
+        result = CliRunner().invoke(
+            main, [str(data), "--out", str(tmp_path / "out"), "--base", "none", "--fold", str(fold)]
+        )
+        assert result.exit_code == 2
+        assert "7.tif`: has 5 x 5 px" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_few_images_train_a_final_model(tmp_path: Path, discs: Path, images: int) -> None:
+    for part, kind in (("images", "png"), ("labels", "tif")):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        for i in range(images):
+            shutil.copy(discs / part / f"{i}.{kind}", tmp_path / "data" / part)
+    options = ["--base", "none", "--tune", "full", "--crop", "32", "--batch", "1", "--steps", "1", "--workers", "0"]
+    command = [str(tmp_path / "data"), "--out", str(tmp_path / "out"), *options]
+    assert "--fold final trains on all" in CliRunner().invoke(main, command).stderr
+    result = CliRunner().invoke(main, [*command, "--fold", "final"])
+    if images == 1:
+        assert "give two or more" in result.stderr
+    else:
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / "out" / "final" / "metrics.json").is_file()
 
 
 def test_a_final_model_is_of_all_images(tmp_path: Path, discs: Path) -> None:
@@ -194,6 +228,8 @@ def test_a_final_model_is_of_all_images(tmp_path: Path, discs: Path) -> None:
     assert metrics["images"] == 0
     assert metrics["mean"] == {}
     assert load_fold(tmp_path / "final")[1].steps == 2
+    again = CliRunner().invoke(main, [str(discs), "--out", str(tmp_path), "--fold", "final", "--eval-only"])
+    assert "has no test part" in again.stderr
 
 
 def test_two_processes_train_one_fold(tmp_path: Path, discs: Path) -> None:
@@ -231,6 +267,16 @@ def test_time_out_saves_and_says_how_to_go_on(tmp_path: Path, fold: Fold) -> Non
     assert fit(TINY, fold, out, device=CPU, deadline=0, say=lines.append) is None
     assert "--resume" in lines[-1]
     assert fit(TINY, fold, out, device=CPU, resume=True, say=lines.append) is not None
+
+
+def test_a_run_goes_on_only_from_where_it_stopped(tmp_path: Path, fold: Fold) -> None:
+    out = config(tmp_path, TINY)
+    fit(TINY, fold, out, device=CPU, deadline=0)
+    with pytest.raises(ModelError, match="another base"):  # weights of another seed
+        fit(replace(TINY, seed=1), fold, out, device=CPU, resume=True)
+    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:1000])
+    with pytest.raises(ModelError, match="delete it to begin this fold anew"):
+        fit(TINY, fold, out, device=CPU, resume=True)
 
 
 @pytest.mark.parametrize(

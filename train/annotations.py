@@ -19,36 +19,56 @@ def read_annotations(path: Path, size_wh: tuple[int, int]) -> NDArray[np.int32]:
     Args:
         path: a FeatureCollection, a list of features, or one feature: Polygons or MultiPolygons in px of the image,
             where pixel (0, 0) covers [0, 1). A pixel belongs to the outline that its centre lies in; where outlines
-            overlap, to the first.
+            overlap, to the first. Of a cell, the nucleus's outline is taken.
         size_wh: width and height of the image.
 
     Returns:
         (H, W) int32, one id a feature, 0 = background.
 
     Raises:
-        InputError: no GeoJSON, or a feature that outlines nothing.
+        InputError: no GeoJSON; a feature that outlines nothing, lies outside the image or encloses others; outlines
+            of several planes of a stack.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         features = content.get("features", [content]) if isinstance(content, dict) else content
-        outlines = [_rings(feature["geometry"]) for feature in features]
+        geometries = [feature.get("nucleusGeometry") or feature["geometry"] for feature in features]
+        outlines = [_rings(number, geometry) for number, geometry in enumerate(geometries, 1)]
+        planes = {json.dumps(geometry.get("plane"), sort_keys=True) for geometry in geometries}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"`{path}`: not GeoJSON of Polygons or MultiPolygons ({error}); in QuPath: File, Export objects as GeoJSON"
         ) from error
+    if len(planes) > 1:
+        raise InputError(f"`{path}`: outlines of several planes ({', '.join(sorted(planes))}); export those of one")
     labels = np.zeros((size_wh[1], size_wh[0]), np.int32)
+    middles = np.array([ring.mean(axis=0) for ring, *_ in outlines]).reshape(-1, 2)
+    within = np.all((middles >= 0) & (middles < size_wh), axis=1)
+    columns_at, rows_at = middles[within].astype(int).T
     for value, rings in enumerate(outlines, 1):
+        low, high = rings[0].min(axis=0), rings[0].max(axis=0)
+        if np.any(high <= 0) or np.any(low >= size_wh):
+            raise InputError(
+                f"`{path}`: feature {value} lies outside the image of {size_wh[0]} x {size_wh[1]} px; outlines must be "
+                "in the image's own px, not the slide's"
+            )
         inside = np.zeros(labels.shape, bool)
         for ring in rings:  # a hole is a ring within a ring: what lies in both is outside
             rows, columns = polygon(ring[:, 1] - 0.5, ring[:, 0] - 0.5, labels.shape)  # type: ignore[no-untyped-call]
             inside[rows, columns] ^= True
+        enclosed = int(inside[rows_at, columns_at].sum()) - 1
+        if enclosed > 1:
+            raise InputError(f"`{path}`: feature {value} encloses {enclosed} others; delete what outlines no nucleus")
         labels[inside & (labels == 0)] = value
     return labels
 
 
-def _rings(geometry: dict[str, Any]) -> list[NDArray[np.float64]]:
+def _rings(number: int, geometry: dict[str, Any]) -> list[NDArray[np.float64]]:
     kind, coordinates = geometry["type"], geometry["coordinates"]
     if kind not in ("Polygon", "MultiPolygon"):
         raise ValueError(f"a {kind} outlines no nucleus")
     polygons = [coordinates] if kind == "Polygon" else coordinates
-    return [np.asarray(ring, float)[:, :2] for rings in polygons for ring in rings]
+    rings = [np.asarray(ring, float) for rings in polygons for ring in rings]
+    if not rings or any(r.ndim != 2 or len(r) < 3 or r.shape[1] < 2 or not np.isfinite(r).all() for r in rings):
+        raise ValueError(f"feature {number} has no outline")
+    return [ring[:, :2] for ring in rings]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pooch
 import torch
@@ -89,6 +90,8 @@ def load_base(model: NucleusNet, base: str) -> None:
         if path.is_dir():
             model.load_state_dict(_state_of(load_fold(path)[0]), strict=False)
             return
+        if path.suffix == ".safetensors":
+            raise ModelError(f"`{base}`: name the folder that it is in, a fold's or a model's")
         if not path.is_file():
             raise ModelError(
                 f"`{base}`: no such base; give default, mobile_sam, none, a .pt file, a fold's folder or a model"
@@ -155,6 +158,23 @@ def save_fold(path: Path, state: dict[str, Tensor], base_hash: str) -> None:
     part = path.with_suffix(".part")
     save_file(state, part, metadata={"base_hash": base_hash})
     part.replace(path)
+
+
+def read_last(path: Path, base_hash: str, device: torch.device) -> dict[str, Any]:
+    """What `fit` needs to go on.
+
+    Raises:
+        ModelError: it is broken, or belongs to a run from another base.
+    """
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises whatever the bytes make it stumble over
+        raise ModelError(f"`{path}`: broken; delete it to begin this fold anew") from error
+    if saved["base_hash"] != base_hash:
+        raise ModelError(
+            f"`{path}`: was begun from another base than there is now; use the same weights, or another --out"
+        )
+    return saved
 
 
 def load_fold(fold_dir: Path) -> tuple[NucleusNet, Settings]:

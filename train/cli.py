@@ -14,6 +14,8 @@ from nsam.runtime.errors import NsamError
 
 log = logging.getLogger("nsam")
 
+SCALE = click.FloatRange(0.05, 4)
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="nsam")
@@ -47,8 +49,12 @@ log = logging.getLogger("nsam")
 @click.option("--batch", type=click.IntRange(1), help="Crops a step. [recipe: 8; seed: 2]")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate. [recipe: 1e-3; seed: 1e-4]")
 @click.option("--crop", type=click.IntRange(32), help="Side of a crop, px at the network's scale. [recipe: 224]")
-@click.option("--mpp", type=float, help="Scale at which the network sees tissue, µm/px. [recipe: .25; seed: .085]")
-@click.option("--data-mpp", type=float, help="Scale of the images, µm/px. [default: .17 for NuInsSeg, else .25]")
+@click.option("--mpp", type=SCALE, help="Scale at which the network sees tissue, µm/px. [recipe: .25; seed: .085]")
+@click.option(
+    "--data-mpp",
+    type=SCALE,
+    help="Scale of the images, µm/px. [default: .17 for NuInsSeg, else what each image says, or .25]",
+)
 @click.option("--seed", type=int, help="Seed of weights, views and crops. [recipe: 0]")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto")
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
@@ -87,13 +93,15 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
 
     from nsam.train.checkpoint import build_model
     from nsam.train.crossval import cross_validate, repeat_tests
-    from nsam.train.data import find_extra, find_samples
+    from nsam.train.data import check_distinct, find_extra, find_samples
     from nsam.train.model import parameter_table
     from nsam.train.parallel import join
     from nsam.train.settings import RECIPES, Settings
 
     known = {field.name for field in fields(Settings)}
     chosen = {name: value for name, value in options.items() if name in known and value is not None}
+    if chosen["base"] not in ("mobile_sam", "default", "none") and Path(chosen["base"]).exists():
+        chosen["base"] = str(Path(chosen["base"]).resolve())  # the run may be resumed and exported from elsewhere
     settings = replace(RECIPES[options["recipe"]], **chosen)
     which = parse_folds(options["fold"])
     device = pick_device(options["device"])
@@ -104,6 +112,7 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
         log.setLevel(logging.WARNING)
     samples = find_samples(data, options["data_mpp"])
     extra = [sample for folder in options["extra"] for sample in find_extra(folder)]
+    check_distinct([*samples, *extra])
     log.info("%d images in %d groups, device %s", len(samples), len({s.group for s in samples}), device)
     if extra:
         log.info("%d images of other sources", len(extra))

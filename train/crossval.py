@@ -8,6 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 
 from nsam.runtime.card import PostSpec
-from nsam.runtime.errors import ModelError, OutputError
+from nsam.runtime.errors import InputError, ModelError, OutputError
 from nsam.train.checkpoint import read_settings
-from nsam.train.data import Sample, hash_samples
+from nsam.train.data import Sample, hash_samples, read_sample
 from nsam.train.evaluate import TorchEngine, report, score_with_progress
 from nsam.train.fit import fit
 from nsam.train.folds import FINAL, Fold, final_fold, make_folds, write_folds
@@ -53,9 +54,10 @@ def cross_validate(
 
     Raises:
         OutputError: `out` holds another run, or holds this one and `resume` was not asked for.
+        InputError: an image or its labels cannot be read, or they do not fit together.
     """
     deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
-    folds = name_folds(settings, samples, extra)
+    folds = name_folds(settings, samples, extra, which)
     if group.leads:
         claim(out, settings, [*samples, *extra], sources, resume)
         write_folds(folds, out / "folds.csv")
@@ -91,9 +93,22 @@ def cross_validate(
     return finished
 
 
-def name_folds(settings: Settings, samples: list[Sample], extra: list[Sample]) -> dict[str, Fold]:
-    """`fold0` to `fold4` and `final`, by the names of their folders."""
-    folds = make_folds(samples, settings.folds, settings.validation_share, extra)
+def name_folds(settings: Settings, samples: list[Sample], extra: list[Sample], which: list[str]) -> dict[str, Fold]:
+    """`fold0` to `fold4` and `final`, by the names of their folders; `final` alone where it alone is asked for and
+    images are too few for five.
+
+    Raises:
+        InputError: too few images, or groups of them.
+    """
+    try:
+        folds = make_folds(samples, settings.folds, settings.validation_share, extra)
+    except ValueError as error:
+        if which != [FINAL]:
+            raise InputError(
+                f"`{samples[0].name}` and {len(samples) - 1} more: too few for five {settings.folds} folds; "
+                "--fold final trains on all of them"
+            ) from error
+        folds = []
     named = {f"fold{k}": fold for k, fold in enumerate(folds)}
     return {**named, FINAL: final_fold(samples, settings.validation_share, extra)}
 
@@ -115,8 +130,10 @@ def repeat_tests(
     """
     settings = read_settings(out / "config.json")
     check_data(out, [*samples, *extra])
-    folds = name_folds(settings, samples, extra)
+    folds = name_folds(settings, samples, extra, which)
     for name in which:
+        if not folds[name].test:
+            raise ModelError(f"`{out / name}`: has no test part; name one of the five folds")
         fold_dir = out / name
         if not (fold_dir / "metrics.json").is_file():
             raise ModelError(f"`{fold_dir}`: not finished; train it with --resume, or name another --fold")
@@ -144,11 +161,15 @@ def claim(out: Path, settings: Settings, samples: list[Sample], sources: list[Pa
                 )
         check_data(out, samples)
         return
+    with ThreadPoolExecutor() as pool:  # a bad one would else show after hours, when its part has its turn
+        for _ in pool.map(read_sample, samples):
+            pass
+    description = json.dumps(describe(settings, samples, sources), indent=1)
     try:
         out.mkdir(parents=True, exist_ok=True)
         # Folds may be started side by side, so the file appears whole.
         part = config.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(describe(settings, samples, sources), indent=1), encoding="utf-8")
+        part.write_text(description, encoding="utf-8")
         part.replace(config)
     except OSError as error:
         raise OutputError(f"`{out}`: cannot be written ({error.strerror}); choose another --out") from error
@@ -161,7 +182,7 @@ def check_data(out: Path, samples: list[Sample]) -> None:
         OutputError: they are not.
     """
     if json.loads((out / "config.json").read_text(encoding="utf-8"))["data"]["sha256"] != hash_samples(samples):
-        raise OutputError(f"`{out}`: its run saw other data; give the same images and labels, and the same --extra")
+        raise OutputError(f"`{out}`: its run saw other data; give the same images, labels, --data-mpp and --extra")
 
 
 def describe(settings: Settings, samples: list[Sample], sources: list[Path]) -> dict[str, Any]:

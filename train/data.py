@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
@@ -19,6 +22,10 @@ IMAGE_SUFFIXES = (*IMAGE_EXTENSIONS, *TIFF_EXTENSIONS)
 LABEL_SUFFIXES = (".tif", ".tiff", ".png", ".npy", ".geojson")
 #: NuInsSeg gives no scale ("40x"). By the size of its nuclei against those of TCGA slides at .25 it is near .17.
 NUINSSEG_MPP = 0.17
+#: Of images that do not say: a 40x scan's.
+DEFAULT_MPP = 0.25
+#: Pieces of one value, from which on it is a mask's and not a nucleus's.
+_MASK_PIECES = 10
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ def find_samples(root: Path, mpp: float | None = None) -> list[Sample]:
 
     Args:
         root: the data folder.
-        mpp: µm per px of the images; None takes .17 for NuInsSeg, and each image's own metadata or .25 for a pair.
+        mpp: µm per px of all images; None: .17 for NuInsSeg, and for a pair what each image says, or .25.
 
     Raises:
         InputError: no images, or images and labels that do not match one to one.
@@ -48,16 +55,22 @@ def find_samples(root: Path, mpp: float | None = None) -> list[Sample]:
     if not root.is_dir():
         raise InputError(f"`{root}`: no such folder; name NuInsSeg's, or one with `images` and `labels`")
     pairs = [(folder, folder.parent / "label masks modify") for folder in sorted(root.glob("*/tissue images"))]
-    default_mpp = NUINSSEG_MPP
-    if not pairs:
-        pairs, default_mpp = [(root / "images", root / "labels")], 0.25
+    nuinsseg = bool(pairs)
+    if not nuinsseg:
+        pairs = [(root / "images", root / "labels")]
         if not pairs[0][0].is_dir():
             raise InputError(
                 f"`{root}`: neither NuInsSeg's layout (`<organ>/tissue images`) nor a pair of folders "
                 "`images` and `labels`"
             )
+
+    def scale(image: Path) -> float:
+        if mpp is not None:
+            return mpp
+        return NUINSSEG_MPP if nuinsseg else _own_mpp(image)
+
     samples = [
-        Sample(image, labels, image.relative_to(root).as_posix(), image.parent.parent.name, mpp or default_mpp)
+        Sample(image, labels, image.relative_to(root).as_posix(), image.parent.parent.name, scale(image))
         for images_dir, labels_dir in pairs
         for image, labels in _match(images_dir, labels_dir)
     ]
@@ -69,6 +82,33 @@ def find_samples(root: Path, mpp: float | None = None) -> list[Sample]:
 def find_extra(root: Path) -> list[Sample]:
     """Images of another source; its folder's name goes before theirs, so that sources do not mix."""
     return [replace(sample, name=f"{root.name}/{sample.name}") for sample in find_samples(root)]
+
+
+def check_distinct(samples: Sequence[Sample]) -> None:
+    """Refuse images that are there twice: one might train and the other test.
+
+    Raises:
+        InputError: naming both.
+    """
+    names: dict[str, Sample] = {}
+    files: dict[Path, Sample] = {}
+    for sample in samples:
+        twin = names.setdefault(sample.name, sample)
+        if twin is not sample:
+            raise InputError(
+                f"`{sample.image}`: is called `{sample.name}`, as `{twin.image}` is; rename one of the folders"
+            )
+        twin = files.setdefault(sample.image.resolve(), sample)
+        if twin is not sample:
+            raise InputError(f"`{sample.image}`: is the same file as `{twin.image}`; give each source once")
+
+
+def _own_mpp(image: Path) -> float:
+    try:
+        with open_slide(image) as slide:
+            return slide.mpp or DEFAULT_MPP
+    except InputError:
+        return DEFAULT_MPP  # what is wrong with it is told when it is read
 
 
 def _match(images_dir: Path, labels_dir: Path) -> list[tuple[Path, Path]]:
@@ -85,9 +125,10 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*")):
         if path.suffix.lower() in suffixes and not path.name.startswith("."):
-            if path.stem in found:
-                raise InputError(f"`{path}`: `{found[path.stem].name}` has the same stem; keep one of them")
-            found[path.stem] = path
+            stem = unicodedata.normalize("NFC", path.stem)  # macOS writes an umlaut as two characters
+            if stem in found:
+                raise InputError(f"`{path}`: `{found[stem].name}` has the same stem; keep one of them")
+            found[stem] = path
     return found
 
 
@@ -113,7 +154,7 @@ def read_labels(path: Path) -> NDArray[np.int32]:
     """A label map (H, W) int32, 0 = background, from TIFF, PNG or NPY; for GeoJSON see `read_annotations`.
 
     Raises:
-        InputError: unreadable, not two-dimensional, or not of integers.
+        InputError: unreadable, not two-dimensional, not of integers, or a mask that does not tell nuclei apart.
     """
     try:
         if path.suffix.lower() == ".npy":
@@ -130,14 +171,29 @@ def read_labels(path: Path) -> NDArray[np.int32]:
             f"`{path}`: labels must be one plane of integers, one value a nucleus; has shape {array.shape}, "
             f"{array.dtype}"
         )
-    return array.astype(np.int32)
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) <= np.iinfo(np.int32).max:
+        raise InputError(f"`{path}`: labels must be 0 to 2,147,483,647, are {array.min()} to {array.max()}")
+    labels = array.astype(np.int32)
+    largest = int(labels.max(initial=0))
+    if largest in (1, 255) and not np.any((labels > 0) & (labels < largest)):
+        pieces = cv2.connectedComponents((labels > 0).astype(np.uint8))[0] - 1
+        if pieces >= _MASK_PIECES:
+            raise InputError(f"`{path}`: a mask, {pieces} pieces have the value {largest}; give each nucleus its own")
+    return labels
 
 
 def hash_samples(samples: list[Sample]) -> str:
-    """SHA-256 over names and the bytes of images and labels: says whether two runs saw the same data."""
+    """SHA-256 over names, scales and the bytes of images and labels: says whether two runs saw the same data.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(sample.name.encode())
-        digest.update(sample.image.read_bytes())
-        digest.update(sample.labels.read_bytes())
+        digest.update(f"{sample.name} {sample.mpp:g} ".encode())
+        for path in (sample.image, sample.labels):
+            try:
+                digest.update(path.read_bytes())
+            except OSError as error:
+                raise InputError(f"`{path}`: cannot be read ({error.strerror})") from error
     return digest.hexdigest()

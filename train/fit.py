@@ -71,7 +71,7 @@ def fit(
 
     last = out / "last.pt"
     if resume and last.is_file():
-        saved = torch.load(last, map_location=device, weights_only=True)
+        saved = checkpoint.read_last(last, base_hash, device)
         checkpoint.load_trained(model, saved["model"], str(last))
         optimiser.load_state_dict(saved["optimiser"])
         schedule.load_state_dict(saved["schedule"])
@@ -131,6 +131,7 @@ def fit(
             continue
         if group.leads:
             state = {
+                "base_hash": base_hash,
                 "model": model.state_dict(),
                 "optimiser": optimiser.state_dict(),
                 "schedule": schedule.state_dict(),

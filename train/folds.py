@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.model_selection import GroupKFold, KFold
 
+from nsam.runtime.errors import InputError
 from nsam.train.data import Sample
 
 FOLDS = 5
@@ -60,7 +61,13 @@ def make_folds(
 
 
 def final_fold(samples: list[Sample], validation_share: float = 0.1, extra: Sequence[Sample] = ()) -> Fold:
-    """All images train a model to ship, but for the share that chooses its thresholds; nothing is left to test."""
+    """All images train a model to ship, but for the share that chooses its thresholds; nothing is left to test.
+
+    Raises:
+        InputError: there is one image only.
+    """
+    if len(samples) + len(extra) < 2:
+        raise InputError(f"`{samples[0].name}`: one image cannot train and choose thresholds, too; give two or more")
     parts = [_set_aside(list(source), validation_share, FOLDS) for source in (samples, extra) if source]
     return Fold([s for train, _ in parts for s in train], [s for _, validation in parts for s in validation], [])
 
@@ -72,10 +79,10 @@ def _set_aside(samples: list[Sample], share: float, seed: int) -> tuple[list[Sam
 
 
 def write_folds(folds: dict[str, Fold], path: Path) -> None:
-    """`folds.csv`: fold, part, image, group."""
+    """`folds.csv`: fold, part, image, group, and µm per px."""
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["fold", "part", "image", "group"])
+        writer.writerow(["fold", "part", "image", "group", "mpp"])
         for name, fold in folds.items():
             for part in ("train", "validation", "test"):
-                writer.writerows([name, part, s.name, s.group] for s in getattr(fold, part))
+                writer.writerows([name, part, s.name, s.group, s.mpp] for s in getattr(fold, part))

@@ -37,7 +37,7 @@ def choose_post(samples: list[Sample], engine: TorchEngine, looks: bool = False)
             closely drop the nuclei of another.
 
     Returns:
-        The thresholds and what they reached.
+        The thresholds and what they reached; the engine's own where no image has a nucleus.
     """
     card = engine.card
     seen = []
@@ -47,6 +47,9 @@ def choose_post(samples: list[Sample], engine: TorchEngine, looks: bool = False)
             slide = ArraySlide(shown, sample.image)
             rows = list(map_rows(slide, engine, Frame.of(slide, card, sample.mpp)))
             seen.append((slide, sample.mpp, rows, truth))
+
+    if not any(truth.any() for *_, truth in seen):
+        return card.post, 0.0  # whatever finds nothing would be best
 
     @cache  # later rounds come back to what was tried
     def reached(post: PostSpec) -> float:
