@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -32,17 +33,19 @@ REGIONS = (
     ("instanseg_HE_example.tif", 0.5, (240, 300)),
 )
 SIDE_UM = 448.0
-#: Tile, halo, tiles a pass, and how far the grid is shifted, input px. Those of 32 px are what ships, each
-#: for the slides that it suits.
+#: Tile, halo, tiles a pass, and how far the grid is shifted, input px. The first four are what ships, each for the
+#: slides that it suits: steps of 112 px, the period of all of the encoder's windows but the largest, of 224 px.
 CUTS = (
-    (448, 32, 4, 0),
-    (672, 32, 1, 0),
-    (448, 32, 4, 111),
+    (448, 56, 4, 0),
+    (672, 56, 1, 0),
+    (896, 56, 1, 0),
+    (1120, 56, 1, 0),
     (448, 0, 4, 0),
-    (448, 112, 4, 0),  # steps of 224, the period of the windows
-    (896, 32, 1, 0),
-    (1120, 32, 1, 0),
-    (896, 112, 1, 0),
+    (448, 32, 4, 0),
+    (448, 112, 4, 0),
+    (448, 56, 4, 112),
+    (448, 56, 4, 16),  # a token
+    (448, 56, 4, 111),
 )
 
 
@@ -66,14 +69,16 @@ def main(slides: Path, model: Path | None, threads: int, json_path: Path | None)
     network.eval()
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, mpp, (x, y) in REGIONS:
-        side = round(SIDE_UM / mpp)
+        side, input_side = round(SIDE_UM / mpp), round(SIDE_UM / card.input.mpp)
         with open_slide(slides / name) as slide:
-            image = slide.read_region(0, x, y, side, side).copy()
-        whole = -(-round(side * mpp / card.input.mpp) // 224) * 224
-        reference, _ = segment(network, card, image, mpp, (whole, 0, 1, 0))
+            image = slide.read_region(0, x, y, side, side)
+        # At the network's scale from here on: a shifted grid must see the same pixels.
+        image = cv2.resize(image, (input_side, input_side), interpolation=cv2.INTER_AREA)
+        whole = -(-input_side // 224) * 224
+        reference, _ = segment(network, card, image, (whole, 0, 1, 0))
         for cut in CUTS:
-            found, seconds = segment(network, card, image, mpp, cut)
-            lines = border_lines(card, image, mpp, cut)
+            found, seconds = segment(network, card, image, cut)
+            lines = border_lines(input_side, cut)
             rows.setdefault(str(cut), []).append({**compare(reference, found, *lines), "seconds": seconds})
     results = [{"cut": cut, **summary(of_cut)} for cut, of_cut in rows.items()]
     click.echo(
@@ -89,35 +94,30 @@ def main(slides: Path, model: Path | None, threads: int, json_path: Path | None)
 
 
 def segment(
-    network: torch.nn.Module, card: ModelCard, image: NDArray[np.uint8], mpp: float, cut: tuple[int, int, int, int]
+    network: torch.nn.Module, card: ModelCard, image: NDArray[np.uint8], cut: tuple[int, int, int, int]
 ) -> tuple[NDArray[np.int32], float]:
     """Labels of the image under a cut, and seconds."""
     size, halo, batch, shift = cut
     card = replace(card, input=replace(card.input, sizes=(size,)), post=replace(card.post, tile_halo_px=halo))
-    pad = round(shift * card.input.mpp / mpp)
-    shifted = np.pad(image, ((pad, 0), (pad, 0), (0, 0)), mode="reflect")  # as the runtime mirrors at an edge
+    shifted = np.pad(image, ((shift, 0), (shift, 0), (0, 0)), mode="reflect")  # as the runtime mirrors at an edge
     begin = time.perf_counter()
     engine = TorchEngine(network, card, torch.device("cpu"))
-    strips = segment_slide(ArraySlide(shifted, Path("region")), engine, mpp, batch=batch)
-    labels = np.concatenate([strip.labels for strip in strips])[pad:, pad:]
+    strips = segment_slide(ArraySlide(shifted, Path("region")), engine, card.input.mpp, batch=batch)
+    labels = np.concatenate([strip.labels for strip in strips])[shift:, shift:]
     return labels, time.perf_counter() - begin
 
 
-def border_lines(
-    card: ModelCard, image: NDArray[np.uint8], mpp: float, cut: tuple[int, int, int, int]
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def border_lines(image_side: int, cut: tuple[int, int, int, int]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(H, W) bool: px to both sides of a border between what two tiles write, and of lines half a tile away."""
     size, halo, _, shift = cut
-    scale = card.input.mpp / mpp
-    pad = round(shift * scale)
-    side = image.shape[0] + pad
-    starts = np.unique([tile.write.x0 for tile in next(tile_rows((round(side / scale),) * 2, size, halo))])[1:]
+    side = image_side + shift
+    starts = np.unique([tile.write.x0 for tile in next(tile_rows((side, side), size, halo))])[1:]
     lines = []
     for away in (0, (size - 2 * halo) // 2):
         line = np.zeros((side, side), bool)
-        for start in np.rint((starts - away) * scale).astype(int):
+        for start in starts - away:
             line[start - 1 : start + 1] = line[:, start - 1 : start + 1] = True
-        lines.append(line[pad:, pad:])
+        lines.append(line[shift:, shift:])
     return lines[0], lines[1]
 
 

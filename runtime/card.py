@@ -63,7 +63,7 @@ class PostSpec:
     smooth_um: float = 0.5  # sigma by which the distance is smoothed before
     min_area_um2: float = 6.0  # smaller pieces are dropped
     min_probability: float = 0.0  # mean over a nucleus's pixels below which it is dropped
-    tile_halo_px: int = 32  # network input px at each tile side whose result is thrown away
+    tile_halo_px: int = 56  # network input px at each tile side whose result is thrown away
     block_halo_um: float = 24.0  # context of a block; a nucleus wider than this may change with the blocks
 
 

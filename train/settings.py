@@ -23,7 +23,7 @@ class Settings:
     mpp: float = 0.25  # µm/px at which the network sees tissue: slides scanned at 40x
     crop: int = 224  # multiples of 224 fill TinyViT's windows: no padded tokens, 1.4x the pixels a second of 256
     tiles: tuple[int, ...] = (448, 672, 896, 1120)  # sides at inference, likewise; each image takes what suits it
-    tile_halo: int = 32  # input px thrown away at tile sides
+    tile_halo: int = 56  # input px thrown away at tile sides: tiles step by multiples of 112, and most windows coincide
     scale_low: float = 0.7  # nuclei of other organs and species, and a wrong mpp
     scale_high: float = 1.4
     turn: bool = True  # nuclei have no up
