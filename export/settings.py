@@ -24,7 +24,7 @@ class Settings:
     attribution: str = ""  # whose data it was trained on, and under which licence
     limits: str = ""  # what the model is not for, and where it was never tried
     tile: tuple[int, ...] = ()  # sides of the tiles, px; empty: as the run validated
-    tile_halo: int | None = None  # px thrown away at a tile's sides; (tile - 2 halo) / 224 whole: windows coincide
+    tile_halo: int | None = None  # px thrown away at a tile's sides; (tile - 2 halo) / 112 whole: most windows coincide
     store: str = "fp32"  # weights of model.onnx: fp16 halves the file, arithmetic stays fp32
     precisions: tuple[str, ...] = PRECISIONS  # which to prove, and make files of
     tiles: int = 8  # real tiles on which the maps are compared

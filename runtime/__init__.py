@@ -58,19 +58,21 @@ def segment(image: NDArray[np.uint8], mpp: float | None = None, model: Path | No
         (H, W) int32, 0 = background, nuclei 1, 2, … in raster order of their first pixel.
 
     Raises:
-        InputError: another shape or type, or an empty image.
+        InputError: another shape or type, an empty image, or a scale that no slide has.
         ModelError, DeviceError: the model cannot be loaded; see `load`.
     """
     import numpy as np
 
     from nsam.runtime.errors import InputError
     from nsam.runtime.pipeline import segment_slide
-    from nsam.runtime.slides import ArraySlide
+    from nsam.runtime.slides import MPP_RANGE, ArraySlide
 
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise InputError(f"`image`: must be (H, W, 3) uint8 RGB, is {image.shape} {image.dtype}")
     engine = _engine(model)
     mpp = engine.card.input.mpp if mpp is None else mpp
+    if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
+        raise InputError(f"`mpp`: must be from {MPP_RANGE[0]:g} to {MPP_RANGE[1]:g} µm/px, is {mpp:g}")
     strips = segment_slide(ArraySlide(image, Path("image"), mpp), engine, mpp)
     return np.concatenate([strip.labels for strip in strips])
 

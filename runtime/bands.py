@@ -35,7 +35,7 @@ class BandStore:
         self._folder = folder / FOLDER
         self._key = key
         stamp = self._folder / "key"
-        if self._folder.is_dir() and (not stamp.is_file() or stamp.read_text(encoding="utf-8") != key):
+        if self._folder.is_dir() and (not stamp.is_file() or stamp.read_bytes() != key.encode()):
             self.clear()
 
     def has(self, index: int) -> bool:
@@ -47,7 +47,7 @@ class BandStore:
         try:
             with np.load(self._path(index), allow_pickle=False) as stored:
                 return unpack({name: stored[name] for name in stored.files})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
             return None
 
     def write(self, index: int, nuclei: list[Nucleus]) -> None:

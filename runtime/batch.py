@@ -54,13 +54,14 @@ def run(settings: Settings) -> int:
         write_text(settings.out / "run.json", describe(settings, job.card, device, job.run_hash))
         with output_errors(failed_csv):
             failed_csv.unlink(missing_ok=True)
-        names = folder_names([source.path for source in sources])
+        names = folder_names([source.path for source in sources], settings.out)
         work = {source: settings.out / names[source.path] for source in sources}
+        order = {source: i for i, source in enumerate(sources)}
         for outcome in place.outcomes(job, work, bar):
             path = outcome.source.path
             if outcome.failure:
                 bar.say(f"failed: {outcome.failure[1]}", error=True)
-                failures = sorted([*failures, outcome], key=lambda failed: sources.index(failed.source))
+                failures = sorted([*failures, outcome], key=lambda failed: order[failed.source])
                 _write_failures(failed_csv, failures)
             elif outcome.nuclei is None:
                 skipped += 1

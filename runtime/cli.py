@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -38,6 +40,12 @@ def _roi(
     return box
 
 
+def _number(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and math.isnan(value):  # passes any range
+        raise click.BadParameter("must be a number")
+    return value
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXAMPLE)
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.option(
@@ -56,6 +64,7 @@ def _roi(
 @click.option(
     "--mpp",
     type=click.FloatRange(0.1, 2),
+    callback=_number,
     help="Micrometres per pixel of every slide, whatever its metadata say; 0.25 for most 40x scans, "
     "0.5 for 20x.  [default: from the metadata]",
 )
@@ -153,6 +162,9 @@ def main(verbose: bool, dry_run: bool, **options: Any) -> None:
     resolution), overlay.jpg (to look at) and slide.json; report.html shows them all. Coordinates are pixels of the
     full-resolution slide. Finished slides are skipped when the same run is started again.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that a log's encoding lacks must not end the run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(name)s: %(message)s")
     if verbose:
         logging.getLogger("nsam").setLevel(logging.DEBUG)

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nsam.runtime.errors import InputError
-from nsam.runtime.settings import DONE_NAME
+from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
 from nsam.runtime.slides import EXTENSIONS, MPP_RANGE
 
 #: Many `.dcm` make up one DICOM slide: found in a folder they would count once each, so one has to be named.
 _FOUND_IN_FOLDERS = tuple(extension for extension in EXTENSIONS if extension != ".dcm")
 _MASK_EXTENSIONS = (".png", ".tif", ".tiff")
+_UNSAID = (None, None)  # mpp and mask
+_RESULTS = {*OUTPUTS.values(), THUMBNAIL_NAME}
 
 
 class Source(NamedTuple):
@@ -34,7 +36,8 @@ def find_slides(inputs: Sequence[str], mask_dir: Path | None = None) -> list[Sou
     """The slides that files, folders, glob patterns and tables name.
 
     A folder gives every slide below it, whatever the case of the extension, except hidden ones, DICOM and the
-    results of earlier runs. A table is a `.csv` with the columns `path`, and as wanted `mpp` and `mask`.
+    results of earlier runs; links to folders are followed. A table is a `.csv` with the columns `path`, and as wanted
+    `mpp` and `mask`; what it says of a slide holds, however else that is named.
 
     Args:
         inputs: see above.
@@ -44,33 +47,59 @@ def find_slides(inputs: Sequence[str], mask_dir: Path | None = None) -> list[Sou
         Each slide once, in natural order (`s2` before `s10`).
 
     Raises:
-        InputError: one of the inputs does not exist, gives no slide, or is a table that is wrong.
+        InputError: one of the inputs does not exist, cannot be looked into, gives no slide, or is a table that is
+            wrong.
     """
     if mask_dir and not mask_dir.is_dir():
         raise InputError(f"`--mask-dir {mask_dir}`: no such folder")
-    found: dict[Path, Source] = {}
+    found: dict[str, Source] = {}
     for text in inputs:
-        sources = (
-            list(_read_table(Path(text))) if text.lower().endswith(".csv") else list(map(Source, _slides_of(text)))
-        )
+        try:
+            sources = (
+                list(_read_table(Path(text))) if text.lower().endswith(".csv") else list(map(Source, _slides_of(text)))
+            )
+        except OSError as error:
+            raise InputError(f"`{error.filename or text}`: cannot be read ({error.strerror})") from error
         if not sources:
             raise InputError(f"`{text}`: no slide or image in it; supported: {', '.join(_FOUND_IN_FOLDERS)}")
         for source in sources:
-            if mask_dir and not source.mask:
-                source = source._replace(mask=_mask_in(mask_dir, source.path))
-            found.setdefault(source.path.resolve(), source)
+            key = os.path.realpath(source.path)
+            before = found.get(key)
+            if before and _UNSAID not in (before[1:], source[1:]) and before != source:
+                raise InputError(f"`{source.path}`: is in the table twice, with another mpp or mask; keep one line")
+            if not before or before[1:] == _UNSAID != source[1:]:
+                found[key] = source
+    if mask_dir:
+        found = _with_masks(found, mask_dir)
     return sorted(found.values(), key=lambda source: _natural(source.path))
 
 
-def folder_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """A name of its own for each slide's results: its stem, or more of its path where that is not enough."""
+def _with_masks(found: dict[str, Source], folder: Path) -> dict[str, Source]:
+    """The slides with their masks, and without those that are masks of others."""
+    masked = {key: s if s.mask else s._replace(mask=_mask_in(folder, s.path)) for key, s in found.items()}
+    masks = {key: os.path.realpath(s.mask) for key, s in masked.items() if s.mask}
+    of_others = {mask for key, mask in masks.items() if mask != key}
+    return {key: s for key, s in masked.items() if key not in of_others}
+
+
+def folder_names(paths: Sequence[Path], out: Path) -> dict[Path, str]:
+    """A name of its own below `out` for each slide's results: its stem, or more of its path where that is not enough.
+
+    None is that of a folder in which a slide lies: results would hide it from the next run.
+    """
+    real = {path: Path(os.path.realpath(path)) for path in paths}
+    homes = {path.parent for path in real.values()}
     forms = {
-        path: (
-            path.stem,
-            f"{path.resolve().parent.name}_{path.stem}",
-            f"{path.resolve().parent.name}_{path.name}",
-            f"{path.stem}_{hashlib.sha256(bytes(path.resolve())).hexdigest()[:12]}",
-        )
+        path: [
+            name
+            for name in (
+                path.stem,
+                f"{real[path].parent.name}_{path.stem}",
+                f"{real[path].parent.name}_{path.name}",
+                f"{path.stem}_{hashlib.sha256(bytes(real[path])).hexdigest()[:12]}",
+            )
+            if Path(os.path.realpath(out / name)) not in homes
+        ]
         for path in paths
     }
     # Case is ignored, as many file systems do.
@@ -88,7 +117,7 @@ def _slides_of(text: str) -> Iterator[Path]:
         for match in map(Path, glob.glob(text, recursive=True)):
             if match.is_dir():
                 yield from _below(match)
-            elif match.suffix.lower() in EXTENSIONS:
+            elif match.suffix.lower() in EXTENSIONS and not _is_result(match):
                 yield match
     else:
         raise InputError(f"`{text}`: no such file or folder")
@@ -98,11 +127,17 @@ def _read_table(path: Path) -> Iterator[Source]:
     """Rows of a CSV; paths in it are relative to its own folder."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = list(csv.DictReader(stream, strict=True))
+            reader = csv.DictReader(stream, strict=True)
+            reader.fieldnames = [name.strip().casefold() for name in reader.fieldnames or ()]
+            rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"`{path}`: the table cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    for line, row in enumerate(rows, 2):
-        if not row.get("path"):
+    for line, row in rows:
+        if None in row:
+            raise InputError(
+                f"`{path}`, line {line}: more fields than columns; a decimal comma? Quote it, or use a point"
+            )
+        if not row.get("path") or "\0" in row["path"]:
             raise InputError(
                 f"`{path}`, line {line}: no `path`; wanted are the columns path, mpp and mask, with a header"
             )
@@ -125,11 +160,21 @@ def _mask_in(folder: Path, slide: Path) -> Path:
     return next((path for path in names if path.is_file()), names[0])
 
 
+def _is_result(path: Path) -> bool:
+    return path.name in _RESULTS and (path.parent / DONE_NAME).is_file()
+
+
 def _below(folder: Path) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder):
-        if DONE_NAME in files:  # results: an overlay is no slide
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen or DONE_NAME in files:  # a link back; results: an overlay is no slide
             folders.clear()
             continue
+        seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if not name.startswith(".") and name.lower().endswith(_FOUND_IN_FOLDERS):

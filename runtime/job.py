@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nsam.runtime import engines
+from nsam.runtime.bands import FOLDER as BANDS
 from nsam.runtime.bands import BandStore
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import InputError, OutputError
@@ -24,7 +26,7 @@ from nsam.runtime.outcome import Failed, Outcome, at
 from nsam.runtime.pipeline import Progress, make_bands, segment_slide
 from nsam.runtime.region import Region
 from nsam.runtime.results import read_json
-from nsam.runtime.settings import DONE_NAME, OUTPUTS, Settings
+from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME, Settings
 from nsam.runtime.slides import Slide, open_slide
 from nsam.runtime.writers import write_results, write_text
 
@@ -83,7 +85,7 @@ class Job:
             return None
         start = time.monotonic()
         with self.opened(source) as (slide, frame, mpp_source):
-            mpp = frame.mpp
+            mpp, size = frame.mpp, _size(os.path.realpath(source.path))
             with at("infer"):
                 store = self._store(source, folder, mpp)
                 strips = segment_slide(
@@ -101,10 +103,12 @@ class Job:
         region_mm2 = frame.region.area_px * mpp**2 / 1e6
         tiles = sum(map(len, frame.tiles))
         done = {
-            "path": str(source.path.resolve()),
+            "path": os.path.realpath(source.path),
+            "bytes": size,
             "size_wh_px": [width, height],
             "mpp": mpp,
             "mpp_source": mpp_source,
+            "origin_xy_px": list(slide.origin_xy),  # of the GeoJSON; all else counts from the file's own corner
             **found,
             "area_mm2": width * height * mpp**2 / 1e6,
             "region_mm2": region_mm2,  # the part that was worked on: tissue, the mask or the rectangle
@@ -130,10 +134,19 @@ class Job:
         Raises:
             Failed: there are others, which may not be overwritten.
         """
-        slide_hash, path = self._slide_hash(source), str(source.path.resolve())
+        slide_hash, path = self._slide_hash(source), os.path.realpath(source.path)
         with at("write"):
+            there = [folder / name for name in (*OUTPUTS.values(), THUMBNAIL_NAME) if (folder / name).exists()]
+            if any(os.path.realpath(file) == path for file in there):
+                raise OutputError(f"`{source.path}`: results would replace it; pass another --out")
+            # What a stopped run left has its bands or a `slide.json`.
+            ours = (folder / DONE_NAME).exists() or (folder / BANDS).exists()
+            if there and not ours and not self.settings.overwrite:
+                raise OutputError(
+                    f"`{there[0]}`: is of no run of nsam; pass --overwrite to replace it, or another --out"
+                )
             before = read_json(folder / DONE_NAME)  # empty if broken, for then nothing is finished
-            same = before.get("run_hash") == slide_hash and before.get("path") == path
+            same = (before.get("run_hash"), before.get("path"), before.get("bytes")) == (slide_hash, path, _size(path))
             if before and not same and not self.settings.overwrite:
                 raise OutputError(
                     f"`{folder}`: holds results of other settings or of another slide "
@@ -164,6 +177,7 @@ class Job:
         """
         s = self.settings
         with at("open"):
+            _check_name(source.path)
             slide = open_slide(source.path)
         with slide:
             with at("mpp"):
@@ -185,7 +199,7 @@ class Job:
 
     def _store(self, source: Source, folder: Path, mpp: float) -> BandStore:
         path = source.path
-        return BandStore(folder, f"{self._slide_hash(source)} {path.resolve()} {path.stat().st_mtime_ns} {mpp}")
+        return BandStore(folder, f"{self._slide_hash(source)} {os.path.realpath(path)} {path.stat().st_mtime_ns} {mpp}")
 
     def _workers(self) -> int:
         return self.settings.workers or max(1, engines.available_cores() // 2)
@@ -194,6 +208,20 @@ class Job:
 @lru_cache(maxsize=1)
 def _engine(run_hash: str, *arguments: Any) -> engines.Engine:
     return engines.load(*arguments)
+
+
+def _check_name(path: Path) -> None:
+    """Results hold the slide's name, as text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        shown = str(path).encode(errors="backslashreplace").decode()
+        raise InputError(f"`{shown}`: its name is no UTF-8; rename it") from error
+
+
+def _size(path: str) -> int | None:
+    """Bytes of a slide's file: another one may lie at the same path."""
+    return os.path.getsize(path) if os.path.exists(path) else None
 
 
 def _mpp(slide: Slide, *asked: float | None) -> tuple[float, str]:

@@ -163,6 +163,7 @@ def _round_up(value: float) -> float:
 
 def _round_down(value: float) -> float:
     """The last of 1, 2, 5 times a power of ten that is not above."""
+    value *= 1 + 1e-9  # .3 / 3 is less than .1
     power = 10.0 ** math.floor(math.log10(value))
     return max(power * step for step in (1, 2, 5) if power * step <= value)
 

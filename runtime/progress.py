@@ -106,4 +106,4 @@ Progress = PlainProgress | BarProgress
 
 def progress(slides: int) -> Progress:
     """The progress that fits where the output goes."""
-    return BarProgress(slides) if sys.stdout.isatty() else PlainProgress(slides)
+    return BarProgress(slides) if sys.stdout and sys.stdout.isatty() else PlainProgress(slides)

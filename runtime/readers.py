@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
-from xml.etree import ElementTree
 
+import cv2
 import numpy as np
 import openslide
 import tifffile
@@ -20,15 +20,10 @@ from PIL import Image, ImageOps
 
 from nsam.runtime.errors import InputError
 from nsam.runtime.pixels import on_white, to_rgb8
-from nsam.runtime.slides import ArraySlide, Slide, checked_mpp
+from nsam.runtime.scales import NO_MPP, UM_PER_INCH, openslide_mpp, resolution_mpp, tiff_mpp
+from nsam.runtime.slides import ArraySlide, Slide
 from nsam.runtime.tiles import Box
 
-_NO_MPP = (None, "no mpp in its metadata")
-#: Resolutions beyond these (µm/px) are made for printers and screens, such as 72 dpi.
-_PLAUSIBLE_MPP = (0.05, 10.0)
-_MPP_AT_1X = 10.0  # .25 µm/px at 40x, .5 at 20x, whatever the maker
-_UM_PER_INCH, _UM_PER_CM = 25400.0, 10000.0
-_UM_PER_OME_UNIT = {"nm": 1e-3, "\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0, "mm": 1e3}
 #: Pieces of a slide kept decoded, 50 MB at 512 px: neighbouring tiles of the network share them.
 _PIECES_KEPT = 64
 #: Side of the lattice on which OpenSlide's lower levels are read.
@@ -43,7 +38,10 @@ class OpenSlideSlide(Slide):
         with _reading(path):
             self._slide = openslide.OpenSlide(path)
             self.level_whs = list(self._slide.level_dimensions)
-            mpp = _openslide_mpp(self._slide.properties)
+            properties = self._slide.properties
+            mpp = openslide_mpp(properties)
+            x, y = (int(properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy")
+            self.origin_xy = (x, y)
         self.path = path
         self.mpp, self.mpp_source = mpp
         self._piece = lru_cache(_PIECES_KEPT)(self._read_piece)
@@ -127,7 +125,7 @@ def open_tiff(path: Path) -> Slide:
         ends = (o + n for page in pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
         if max(ends) > tif.filehandle.size:
             raise InputError(f"`{path}`: the file is cut off, pixels are missing; copy it again")
-        mpp = _tiff_mpp(tif)
+        mpp = tiff_mpp(tif)
         if all(page.is_tiled and page.dtype == np.uint8 and page.axes == "YXS" and _is_rgb(page) for page in pages):
             if any(len(page.databytecounts) != math.prod(page.chunked) for page in pages):
                 raise InputError(f"`{path}`: its size and its number of tiles disagree; the file is damaged")
@@ -143,7 +141,7 @@ def open_image(path: Path) -> Slide:
         InputError: damaged, cut off, or pixels that `to_rgb8` refuses.
     """
     image, dpi = _load(path, ("PNG", "JPEG"))
-    return ArraySlide(image, path, *(_resolution_mpp(dpi, _UM_PER_INCH) if dpi else _NO_MPP))
+    return ArraySlide(image, path, *(resolution_mpp(dpi, UM_PER_INCH) if dpi else NO_MPP))
 
 
 @contextmanager
@@ -183,8 +181,12 @@ def _is_rgb(page: Any) -> bool:
 def _whole_page(path: Path, page: Any) -> NDArray[np.uint8]:
     """A page as (H, W, 3) uint8 RGB."""
     if not (_is_rgb(page) or page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.MINISBLACK)):
-        return _load(path, ("TIFF",))[0]  # Pillow knows palettes, CMYK and white as zero
+        if page.photometric != tifffile.PHOTOMETRIC.MINISWHITE or page.dtype != np.uint16:
+            return _load(path, ("TIFF",))[0]  # Pillow knows palettes, CMYK and white as zero, but of 8 bits only
+        return to_rgb8(65535 - page.asarray(), str(path))
     pixels = page.asarray()
+    if page.extrasamples and page.extrasamples[0] == tifffile.EXTRASAMPLE.UNSPECIFIED and page.axes == "YXS":
+        pixels = pixels[..., : -len(page.extrasamples)]  # not alpha
     return to_rgb8(np.moveaxis(pixels, 0, -1) if page.axes == "SYX" else pixels, str(path))
 
 
@@ -196,6 +198,8 @@ def _load(path: Path, formats: tuple[str, ...]) -> tuple[NDArray[np.uint8], tupl
         try:
             with Image.open(path, formats=formats) as image:
                 dpi = image.info.get("dpi")
+                if image.format == "PNG" and image.mode in ("RGB", "RGBA") and _png_bits(path) == 16:
+                    return to_rgb8(_png_of_16_bits(path), str(path)), dpi  # Pillow cuts them to 8
                 ImageOps.exif_transpose(image, in_place=True)
                 if image.mode.startswith("I"):
                     return to_rgb8(np.asarray(image).astype(np.uint16), str(path)), dpi
@@ -206,37 +210,16 @@ def _load(path: Path, formats: tuple[str, ...]) -> tuple[NDArray[np.uint8], tupl
             raise InputError(f"`{path}`: too large for one piece in memory; save it as a tiled TIFF") from error
 
 
-def _openslide_mpp(properties: Mapping[str, str]) -> tuple[float | None, str]:
-    """mpp as the scanner says it, else what its objective's power makes likely."""
-    x, y, power = (properties.get(f"openslide.{name}") for name in ("mpp-x", "mpp-y", "objective-power"))
-    if x and y:
-        return checked_mpp((float(x), float(y)), "its metadata")
-    if power and float(power) > 0:
-        mpp = _MPP_AT_1X / float(power)
-        return checked_mpp((mpp, mpp), f"assumed from its objective's power of {float(power):g}")
-    return _NO_MPP
+def _png_bits(path: Path) -> int:
+    """Bits a sample, from the header."""
+    with path.open("rb") as stream:
+        return stream.read(25)[24]
 
 
-def _tiff_mpp(tif: tifffile.TiffFile) -> tuple[float | None, str]:
-    """mpp from OME metadata, else from the resolution tags when their unit is inch or centimetre."""
-    if tif.ome_metadata:
-        pixels = ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels")
-        attributes = {} if pixels is None else pixels.attrib
-        sizes = [float(attributes.get(f"PhysicalSize{axis}", "nan")) for axis in "XY"]
-        units = [_UM_PER_OME_UNIT.get(attributes.get(f"PhysicalSize{axis}Unit", "um"), math.nan) for axis in "XY"]
-        x, y = (size * unit for size, unit in zip(sizes, units, strict=True))
-        if math.isfinite(x) and math.isfinite(y):
-            return checked_mpp((x, y), "its OME metadata")
-    page = tif.pages.first
-    if page.resolutionunit == tifffile.RESUNIT.CENTIMETER:
-        return _resolution_mpp(page.resolution, _UM_PER_CM)
-    if page.resolutionunit == tifffile.RESUNIT.INCH:
-        return _resolution_mpp(page.resolution, _UM_PER_INCH)
-    return _NO_MPP
-
-
-def _resolution_mpp(dots_xy: tuple[float, float], unit_um: float) -> tuple[float | None, str]:
-    """mpp from dots per unit of `unit_um` µm."""
-    x, y = (unit_um / float(dots) if dots else math.inf for dots in dots_xy)
-    low, high = _PLAUSIBLE_MPP
-    return checked_mpp((x, y), "its resolution tags") if low <= x <= high and low <= y <= high else _NO_MPP
+def _png_of_16_bits(path: Path) -> NDArray[np.uint16]:
+    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise InputError(f"`{path}`: cannot be read; the file is damaged or cut off")
+    return np.asarray(
+        cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGBA), np.uint16
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,14 +106,22 @@ class Region:
 
 
 def read_mask(path: Path, size_wh: tuple[int, int]) -> NDArray[np.bool_]:
-    """A mask that the user drew: (h, w) bool, False where every colour is 0.
+    """A mask that the user drew: (h, w) bool, False where every colour is 0, or nothing is painted.
 
     Raises:
         InputError: it cannot be read, or its shape is not the slide's.
     """
     try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB") if image.mode in ("P", "RGBA", "CMYK") else image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its size
+            with Image.open(path) as image:
+                if image.mode in ("LA", "PA", "RGBA"):
+                    pixels = np.asarray(image.convert("RGBA"))
+                    pixels = pixels[..., :3] * (pixels[..., 3:] > 0)
+                else:
+                    pixels = np.asarray(image.convert("RGB") if image.mode in ("P", "CMYK") else image)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"`{path}`: the mask is too large; save it at a lower resolution") from error
     except Exception as error:  # codecs raise what they like
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"`{path}`: the mask cannot be read ({detail})") from error

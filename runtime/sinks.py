@@ -44,12 +44,15 @@ _COLUMNS = (
 
 
 @contextmanager
-def geojson_sink(path: Path, slide_name: str, compressed: bool = False) -> Iterator[Add]:
+def geojson_sink(
+    path: Path, slide_name: str, origin_xy: tuple[int, int] = (0, 0), compressed: bool = False
+) -> Iterator[Add]:
     """A FeatureCollection (RFC 7946) as QuPath imports it: a detection per nucleus, in level-0 px.
 
     Args:
         path: to write.
         slide_name: from which the features' ids follow.
+        origin_xy: the level-0 px from which QuPath counts; see `Slide.origin_xy`.
         compressed: as gzip, which QuPath opens as it is.
     """
     # No name and no time in the gzip header: the same nuclei are the same file.
@@ -63,6 +66,7 @@ def geojson_sink(path: Path, slide_name: str, compressed: bool = False) -> Itera
 
         def add(nucleus: Nucleus, rings: list[NDArray[np.float64]]) -> None:
             nonlocal separator
+            rings = [ring - origin_xy for ring in rings]
             stream.write(separator + json.dumps(_feature(nucleus, rings, slide_name), ensure_ascii=False))
             separator = ",\n"
 

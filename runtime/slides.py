@@ -34,6 +34,8 @@ class Slide(Protocol):
     mpp: float | None  # µm per level-0 px from the metadata
     mpp_source: str  # what the metadata say; when `mpp` is None, why it is
     level_whs: list[tuple[int, int]]  # (width, height) of each level
+    #: Where the scanned part begins, level-0 px. QuPath shows only that part, and counts from its corner.
+    origin_xy: tuple[int, int] = (0, 0)
 
     @property
     def size_wh(self) -> tuple[int, int]:

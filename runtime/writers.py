@@ -75,8 +75,8 @@ def write_results(
     outlined = not _OUTLINED.isdisjoint(outputs)
     overview = read_overview(slide, OVERVIEW_PX)
     sinks: dict[str, Callable[[Path], AbstractContextManager[Add]]] = {
-        "geojson": lambda path: geojson_sink(path, name),
-        "geojson.gz": lambda path: geojson_sink(path, name, compressed=True),
+        "geojson": lambda path: geojson_sink(path, name, slide.origin_xy),
+        "geojson.gz": lambda path: geojson_sink(path, name, slide.origin_xy, compressed=True),
         "csv": lambda path: csv_sink(path, mpp),
         "parquet": lambda path: parquet_sink(path, mpp),
         "overlay": lambda path: overlay_sink(path, overview, size_wh),
@@ -125,7 +125,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(errors="backslashreplace"))  # names of files may be no UTF-8
 
 
 def write_bytes(path: Path, content: bytes) -> None:

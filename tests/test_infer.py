@@ -148,6 +148,12 @@ def test_api_refuses_other_arrays(shape: tuple[int, ...]) -> None:
         segment(np.zeros(shape, np.uint8))
 
 
+@pytest.mark.parametrize("mpp", [0, -1, 100, float("nan")])
+def test_api_refuses_scales_that_no_slide_has(tiny_model: Path, mpp: float) -> None:
+    with pytest.raises(InputError, match="`mpp`: must be from"):
+        segment(np.zeros((9, 9, 3), np.uint8), mpp, tiny_model)
+
+
 def test_image_smaller_than_a_tile(infer: Callable[..., Result], draw_discs: DrawDiscs, tmp_path: Path) -> None:
     Image.fromarray(draw_discs((40, 37), [(20, 18)], 9)).save(tmp_path / "a.png")
     assert infer(tmp_path / "a.png", "--mpp", 0.25).exit_code == 0
@@ -360,6 +366,61 @@ def test_the_unexpected_is_one_line(
     assert failures(tmp_path / "out")[0]["stage"] == "infer"
 
 
+def test_files_of_the_user_are_never_replaced_unasked(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / png.stem).mkdir(parents=True)
+    own = tmp_path / "out" / png.stem / "nuclei.geojson"
+    own.write_text("by hand")
+    result = infer(png, "--mpp", 0.25, "--outputs", "csv")
+    assert result.exit_code == 1
+    assert "is of no run of nsam; pass --overwrite" in result.stderr
+    assert own.read_text() == "by hand"
+    assert infer(png, "--mpp", 0.25, "--outputs", "csv", "--overwrite").exit_code == 0
+    assert not own.exists()
+
+
+@pytest.mark.parametrize("name", ["overlay", "thumbnail"])
+def test_a_slide_named_as_a_result_survives(tiny_model: Path, png: Path, tmp_path: Path, name: str) -> None:
+    slide = tmp_path / "in" / name / f"{name}.jpg"
+    slide.parent.mkdir(parents=True)
+    Image.open(png).save(slide)
+    before = slide.read_bytes()
+    command = [str(tmp_path / "in"), "--out", str(tmp_path / "in"), "--model", str(tiny_model), "--device", "cpu"]
+    assert CliRunner().invoke(main, [*command, "--mpp", "0.25", "--outputs", "csv"]).exit_code == 0
+    assert slide.read_bytes() == before
+    assert (
+        "0 slides done, 1 skipped" in CliRunner().invoke(main, [*command, "--mpp", "0.25", "--outputs", "csv"]).output
+    )
+
+
+def test_another_slide_at_the_same_path_is_not_done(infer: Callable[..., Result], png: Path) -> None:
+    assert infer(png, "--mpp", 0.25, "--outputs", "csv").exit_code == 0
+    Image.open(png).crop((0, 0, 64, 64)).save(png)
+    result = infer(png, "--mpp", 0.25, "--outputs", "csv")
+    assert result.exit_code == 1
+    assert "or of another slide" in result.stderr
+
+
+def test_names_and_logs_of_any_encoding_cost_no_other_slide(tiny_model: Path, png: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in (b"1.png", b"2 M\xfcller.png", "3 \u0141\u00f3d\u017a.png".encode(), b"4.png"):
+        shutil.copyfile(png, os.path.join(os.fsencode(folder), name))
+    options = ["--out", str(tmp_path / "out"), "--model", str(tiny_model), "--device", "cpu", "--mpp", "0.25"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-m", "nsam.runtime.cli", str(folder), *options, "--outputs", "csv"]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert b"3 slides done, 0 skipped, 1 failed" in done.stdout
+    assert b"its name is no UTF-8; rename it" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert len((tmp_path / "out" / "failed.csv").read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_a_heatmap_of_300_um_has_its_scale_bar(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    Image.open(png).resize((600, 480)).save(tmp_path / "h.png")
+    assert infer(tmp_path / "h.png", "--mpp", 0.5, "--outputs", "heatmap").exit_code == 0
+
+
 def test_a_slide_that_vanishes_costs_no_other(
     infer: Callable[..., Result], png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,6 +470,7 @@ def test_interrupt_keeps_what_is_finished(
         (["missing.svs"], "`missing.svs`: no such file or folder"),
         (["."], "no slide or image in it"),
         (["a.png", "--mpp", "25"], "0.1<=x<=2"),
+        (["a.png", "--mpp", "nan"], "must be a number"),
         (["a.png", "--outputs", "csv,xml"], "`xml` is none of"),
         (["a.png", "--device", "abacus"], "abacus"),
         (["a.png", "--model", "."], "no readable card.json"),

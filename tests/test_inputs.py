@@ -74,12 +74,64 @@ def test_message_names_what_is_supported(tmp_path: Path) -> None:
 
 def test_folder_names(tmp_path: Path) -> None:
     paths = [tmp_path / p for p in ("a/x.svs", "b/x.svs", "b/y.svs", "c/z.png", "c/z.jpg", "d/X.svs", "d/a_x.svs")]
-    names = folder_names(paths)
+    names = folder_names(paths, tmp_path / "out")
     assert [names[p] for p in paths] == ["a_x.svs", "b_x", "y", "c_z.png", "c_z.jpg", "d_X", "d_a_x"]
 
 
 def test_folder_names_of_equal_parents_differ(tmp_path: Path) -> None:
     paths = [tmp_path / "1" / "a" / "x.svs", tmp_path / "2" / "a" / "x.svs"]
-    names = folder_names(paths)
+    names = folder_names(paths, tmp_path / "out")
     assert len(set(names.values())) == 2
-    assert folder_names(paths[::-1]) == names
+    assert folder_names(paths[::-1], tmp_path / "out") == names
+
+
+def test_no_results_go_where_a_slide_lies(tmp_path: Path) -> None:
+    """They would hide it from the next run, or replace it."""
+    slide = tmp_path / "case" / "case.png"
+    assert folder_names([slide], tmp_path)[slide] == "case_case"
+
+
+def test_a_table_s_word_holds_however_it_is_written(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png", "m.png")
+    table = tmp_path / "t.csv"
+    table.write_text("Path , MPP, Mask \n\na.png, 0.5 , m.png\n")
+    for inputs in ((str(tmp_path), str(table)), (str(table), str(tmp_path))):
+        sources = {source.path.name: source for source in find_slides(inputs)}
+        assert (sources["a.png"].mpp, sources["a.png"].mask) == (0.5, tmp_path / "m.png")
+        assert sources["b.png"].mpp is None
+    for text, message in (
+        ("path,mpp\n\n\na.png,0,5\n", "line 4: more fields than columns"),
+        ("path,mpp\na.png,.5\na.png,.25\n", "in the table twice"),
+        ("path\na\0.png\n", "no `path`"),
+    ):
+        table.write_text(text)
+        with pytest.raises(InputError, match=message):
+            find_slides([str(table)])
+
+
+def test_masks_of_slides_are_no_slides(tmp_path: Path) -> None:
+    touch(tmp_path, "a.svs", "b.svs", "a.png", "own.png")
+    sources = find_slides([str(tmp_path)], tmp_path)
+    assert [source.path.name for source in sources] == ["a.svs", "b.svs", "own.png"]
+
+
+def test_links_are_followed_once_and_what_cannot_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "real/a.png", "in/b.png")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "in" / "back").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "loop.png").symlink_to(tmp_path / "in" / "loop.png")
+    assert found(tmp_path, "in") == ["in/b.png", "in/linked/a.png", "in/loop.png"]
+
+    def forbidden(*arguments: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "real"))
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(InputError, match="real`: cannot be read"):
+        found(tmp_path, "in")
+
+
+def test_a_pattern_takes_no_results(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "out/a/slide.json", "out/a/overlay.jpg", "out/a/other.jpg")
+    assert found(tmp_path, "**/*.jpg") == ["a.jpg", "out/a/other.jpg"]

@@ -122,12 +122,16 @@ def test_roi(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
     assert "lies outside the slide of 1000 x 500 px" in outside.stderr
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16", "painted LA", "painted RGBA"])
 def test_masks_of_the_users(infer: Callable[..., Result], png: Path, tmp_path: Path, mode: str) -> None:
     (tmp_path / "masks").mkdir()
     mask = np.zeros((25, 50), np.uint8)
     mask[15:, 25:] = 255
-    image = Image.fromarray(mask.astype(np.uint16) * 9) if mode == "I;16" else Image.fromarray(mask).convert(mode)
+    if mode.startswith("painted"):  # white, and transparent where it was rubbed out
+        image = Image.new("L", (50, 25), 255).convert(mode.split()[1])
+        image.putalpha(Image.fromarray(mask))
+    else:
+        image = Image.fromarray(mask.astype(np.uint16) * 9) if mode == "I;16" else Image.fromarray(mask).convert(mode)
     image.save(tmp_path / "masks" / "a.png")
     assert infer(png, "--mpp", 0.25, "--mask-dir", tmp_path / "masks").exit_code == 0
     assert centres(tmp_path / "out") == {(650, 400), (900, 400)}

@@ -412,3 +412,26 @@ def test_ome_tiff_with_jpeg_tiles(data_dir: Path) -> None:
     with open_slide(path) as slide:
         assert slide.mpp == pytest.approx(0.5, abs=0.01)
         np.testing.assert_array_equal(whole(path), tifffile.imread(path))
+
+
+def test_16_bits_are_not_cut_to_their_lower_half(tmp_path: Path, noise: Pixels) -> None:
+    """Of a camera of 12 bits as PNG, of white as zero, and beside a fourth sample that is no alpha."""
+    import cv2
+
+    cv2.imwrite(str(tmp_path / "a.png"), noise[..., ::-1].astype(np.uint16) << 4)
+    np.testing.assert_array_equal(whole(tmp_path / "a.png"), noise)
+    tifffile.imwrite(tmp_path / "b.tif", 65535 - noise[..., 0].astype(np.uint16) * 257, photometric="miniswhite")
+    np.testing.assert_array_equal(whole(tmp_path / "b.tif"), np.repeat(noise[..., :1], 3, axis=2))
+    four = np.dstack([noise, np.zeros(noise.shape[:2], np.uint8)])
+    tifffile.imwrite(tmp_path / "c.tif", four, photometric="rgb", extrasamples=["unspecified"])
+    np.testing.assert_array_equal(whole(tmp_path / "c.tif"), noise)
+
+
+def test_a_scale_that_is_no_number_costs_no_slide(tmp_path: Path, noise: Pixels) -> None:
+    tifffile.imwrite(tmp_path / "a.ome.tif", noise, photometric="rgb", metadata={"axes": "YXS", "PhysicalSizeX": 0.25})
+    content = (tmp_path / "a.ome.tif").read_bytes()
+    assert b'PhysicalSizeX="0.25"' in content
+    (tmp_path / "a.ome.tif").write_bytes(content.replace(b'PhysicalSizeX="0.25"', b'PhysicalSizeX="0,25"'))
+    with open_slide(tmp_path / "a.ome.tif") as slide:
+        assert slide.mpp is None
+        assert "give no scale" in slide.mpp_source

@@ -125,6 +125,20 @@ def test_parquet_without_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
         sinks.check_parquet()
 
 
+def test_geojson_counts_from_where_qupath_does(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -> None:
+    """QuPath leaves out what a scanner did not scan; tables and label images do not."""
+    write(labels, slide, tmp_path / "all", "geojson", "csv")
+    slide.origin_xy = (90, 30)
+    write(labels, slide, tmp_path / "part", "geojson", "csv")
+    assert (tmp_path / "all" / "nuclei.csv").read_bytes() == (tmp_path / "part" / "nuclei.csv").read_bytes()
+    every, part = (
+        [f["geometry"]["coordinates"][0] for f in json.loads((tmp_path / d / "nuclei.geojson").read_text())["features"]]
+        for d in ("all", "part")
+    )
+    for ring, shifted in zip(every, part, strict=True):
+        np.testing.assert_array_equal(np.array(ring) - (90, 30), shifted)
+
+
 def test_geojson_without_nuclei(slide: ArraySlide, tmp_path: Path) -> None:
     assert write(np.zeros((HEIGHT, WIDTH), np.int32), slide, tmp_path, "geojson", "csv")["nuclei"] == 0
     data = json.loads((tmp_path / "nuclei.geojson").read_text())
