@@ -38,8 +38,9 @@ def frame_of(width: int, height: int, region: Region | None = None) -> Frame:
         ((512, 512), 672),  # TNBC: one tile of 672 px, or four of 448
         ((1000, 1000), 1120),
         ((860, 860), 896),
-        ((2_150, 2_150), 1120),
-        ((20_000, 15_000), 896),
+        ((2_100, 2_100), 1120),
+        ((2_150, 2_150), 672),  # three of 1,120 px a side, or four of 672
+        ((20_000, 15_000), 1120),
         ((60_000, 60_000), 896),
         ((80_000, 15_000), 672),  # the maps of a row of larger ones would need more memory than is well spent
         ((100_000, 15_000), 448),
@@ -51,7 +52,7 @@ def test_size_that_suits(wh: tuple[int, int], size: int) -> None:
 
 def test_what_is_wanted_does_not_change_the_size() -> None:
     corner = Region.of(blank(5000, 5000), 0.25, tissue=False, roi=(2, 2, 200, 200))
-    assert frame_of(5000, 5000, corner).tile_px == frame_of(5000, 5000).tile_px == 896
+    assert frame_of(5000, 5000, corner).tile_px == frame_of(5000, 5000).tile_px == 1120
     assert frame_of(5000, 5000, corner).tiles_wanted == 1
 
 
