@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import math
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +11,7 @@ from typing import Any, get_args
 import click
 
 from nsam.runtime.errors import NsamError
-from nsam.runtime.options import names_of
+from nsam.runtime.options import NumberRange, names_of
 from nsam.runtime.settings import OUTPUTS, Device, Precision, Settings
 
 _EXAMPLE = """\b
@@ -40,12 +39,6 @@ def _roi(
     return box
 
 
-def _number(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    if value is not None and math.isnan(value):  # passes any range
-        raise click.BadParameter("must be a number")
-    return value
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXAMPLE)
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.option(
@@ -63,8 +56,7 @@ def _number(context: click.Context, option: click.Parameter, value: float | None
 )
 @click.option(
     "--mpp",
-    type=click.FloatRange(0.1, 2),
-    callback=_number,
+    type=NumberRange(0.1, 2),
     help="Micrometres per pixel of every slide, whatever its metadata say; 0.25 for most 40x scans, "
     "0.5 for 20x.  [default: from the metadata]",
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -130,8 +129,9 @@ class Cluster:
             sources[future] = source
             running.add(future)
 
-        # Largest first: the small ones fill what is left of the workers' time at the end.
-        slides = sorted(((_size(source.path), source) for source in work), key=itemgetter(0), reverse=True)
+        # Largest first, by the files' sizes, as thousands may be waiting: the small ones fill what is left of the
+        # workers' time at the end.
+        slides = sorted(((source.size, source) for source in work), key=itemgetter(0), reverse=True)
         idle = idle_share([size for size, _ in slides], self._workers)
         for _, source in slides:
             submit(0, begin_slide, source, self._workers if idle > IDLE else 1)
@@ -199,11 +199,6 @@ def idle_share(sizes: list[int], workers: int) -> float:
     for size in sizes:
         heapreplace(loads, loads[0] + size)
     return 1 - sum(sizes) / (max(loads) * workers) if any(sizes) else 0.0
-
-
-def _size(slide: Path) -> int:
-    """About how much work it is: no slide is opened for it, as thousands may be waiting."""
-    return os.path.getsize(slide) if os.path.exists(slide) else 0
 
 
 def _as_given(outcome: Outcome, source: Source, folder: Path) -> Outcome:

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nsam.runtime.errors import InputError
-from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
+from nsam.runtime.settings import DONE_NAME, RESULT_NAMES
 from nsam.runtime.slides import EXTENSIONS, MPP_RANGE
 
 #: Many `.dcm` make up one DICOM slide: found in a folder they would count once each, so one has to be named.
 _FOUND_IN_FOLDERS = tuple(extension for extension in EXTENSIONS if extension != ".dcm")
 _MASK_EXTENSIONS = (".png", ".tif", ".tiff")
 _UNSAID = (None, None)  # mpp and mask
-_RESULTS = {*OUTPUTS.values(), THUMBNAIL_NAME}
 
 
 class Source(NamedTuple):
@@ -30,6 +29,16 @@ class Source(NamedTuple):
     path: Path
     mpp: float | None = None  # µm per level-0 px
     mask: Path | None = None  # an image of where nuclei are wanted; it may be missing
+
+    @property
+    def real_path(self) -> str:
+        """Where it lies, links followed; unlike `Path.resolve` never an error."""
+        return os.path.realpath(self.path)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, without opening it; 0 where there is none."""
+        return os.path.getsize(self.path) if os.path.exists(self.path) else 0
 
 
 def find_slides(inputs: Sequence[str], mask_dir: Path | None = None) -> list[Source]:
@@ -63,7 +72,7 @@ def find_slides(inputs: Sequence[str], mask_dir: Path | None = None) -> list[Sou
         if not sources:
             raise InputError(f"`{text}`: no slide or image in it; supported: {', '.join(_FOUND_IN_FOLDERS)}")
         for source in sources:
-            key = os.path.realpath(source.path)
+            key = source.real_path
             before = found.get(key)
             if before and _UNSAID not in (before[1:], source[1:]) and before != source:
                 raise InputError(f"`{source.path}`: is in the table twice, with another mpp or mask; keep one line")
@@ -90,21 +99,21 @@ def folder_names(paths: Sequence[Path], out: Path) -> dict[Path, str]:
     real = {path: Path(os.path.realpath(path)) for path in paths}
     homes = {path.parent for path in real.values()}
     forms = {
-        path: [
-            name
-            for name in (
-                path.stem,
-                f"{real[path].parent.name}_{path.stem}",
-                f"{real[path].parent.name}_{path.name}",
-                f"{path.stem}_{hashlib.sha256(bytes(real[path])).hexdigest()[:12]}",
-            )
-            if Path(os.path.realpath(out / name)) not in homes
-        ]
-        for path in paths
+        path: (
+            path.stem,
+            f"{file.parent.name}_{path.stem}",
+            f"{file.parent.name}_{path.name}",
+            f"{path.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:12]}",
+        )
+        for path, file in real.items()
     }
     # Case is ignored, as many file systems do.
     uses = Counter(form for names in forms.values() for form in {name.casefold() for name in names})
-    return {path: next(name for name in names if uses[name.casefold()] == 1) for path, names in forms.items()}
+
+    def fits(name: str) -> bool:
+        return uses[name.casefold()] == 1 and Path(os.path.realpath(out / name)) not in homes
+
+    return {path: next(filter(fits, names)) for path, names in forms.items()}
 
 
 def _slides_of(text: str) -> Iterator[Path]:
@@ -161,7 +170,7 @@ def _mask_in(folder: Path, slide: Path) -> Path:
 
 
 def _is_result(path: Path) -> bool:
-    return path.name in _RESULTS and (path.parent / DONE_NAME).is_file()
+    return path.name in RESULT_NAMES and (path.parent / DONE_NAME).is_file()
 
 
 def _below(folder: Path) -> Iterator[Path]:

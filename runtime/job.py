@@ -26,7 +26,7 @@ from nsam.runtime.outcome import Failed, Outcome, at
 from nsam.runtime.pipeline import Progress, make_bands, segment_slide
 from nsam.runtime.region import Region
 from nsam.runtime.results import read_json
-from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME, Settings
+from nsam.runtime.settings import DONE_NAME, OUTPUTS, RESULT_NAMES, Settings
 from nsam.runtime.slides import Slide, open_slide
 from nsam.runtime.writers import write_results, write_text
 
@@ -85,7 +85,7 @@ class Job:
             return None
         start = time.monotonic()
         with self.opened(source) as (slide, frame, mpp_source):
-            mpp, size = frame.mpp, _size(os.path.realpath(source.path))
+            mpp, size = frame.mpp, source.size
             with at("infer"):
                 store = self._store(source, folder, mpp)
                 strips = segment_slide(
@@ -103,8 +103,8 @@ class Job:
         region_mm2 = frame.region.area_px * mpp**2 / 1e6
         tiles = sum(map(len, frame.tiles))
         done = {
-            "path": os.path.realpath(source.path),
-            "bytes": size,
+            "path": source.real_path,
+            "bytes": size,  # another slide may come to lie at the same path
             "size_wh_px": [width, height],
             "mpp": mpp,
             "mpp_source": mpp_source,
@@ -134,9 +134,9 @@ class Job:
         Raises:
             Failed: there are others, which may not be overwritten.
         """
-        slide_hash, path = self._slide_hash(source), os.path.realpath(source.path)
+        slide_hash, path = self._slide_hash(source), source.real_path
         with at("write"):
-            there = [folder / name for name in (*OUTPUTS.values(), THUMBNAIL_NAME) if (folder / name).exists()]
+            there = [folder / name for name in RESULT_NAMES if (folder / name).exists()]
             if any(os.path.realpath(file) == path for file in there):
                 raise OutputError(f"`{source.path}`: results would replace it; pass another --out")
             # What a stopped run left has its bands or a `slide.json`.
@@ -146,7 +146,7 @@ class Job:
                     f"`{there[0]}`: is of no run of nsam; pass --overwrite to replace it, or another --out"
                 )
             before = read_json(folder / DONE_NAME)  # empty if broken, for then nothing is finished
-            same = (before.get("run_hash"), before.get("path"), before.get("bytes")) == (slide_hash, path, _size(path))
+            same = (before.get("run_hash"), before.get("path"), before.get("bytes")) == (slide_hash, path, source.size)
             if before and not same and not self.settings.overwrite:
                 raise OutputError(
                     f"`{folder}`: holds results of other settings or of another slide "
@@ -198,8 +198,8 @@ class Job:
         return _hash({"run": self.run_hash, "mpp": source.mpp, "mask": mask})
 
     def _store(self, source: Source, folder: Path, mpp: float) -> BandStore:
-        path = source.path
-        return BandStore(folder, f"{self._slide_hash(source)} {os.path.realpath(path)} {path.stat().st_mtime_ns} {mpp}")
+        modified = source.path.stat().st_mtime_ns
+        return BandStore(folder, f"{self._slide_hash(source)} {source.real_path} {modified} {mpp}")
 
     def _workers(self) -> int:
         return self.settings.workers or max(1, engines.available_cores() // 2)
@@ -217,11 +217,6 @@ def _check_name(path: Path) -> None:
     except UnicodeEncodeError as error:
         shown = str(path).encode(errors="backslashreplace").decode()
         raise InputError(f"`{shown}`: its name is no UTF-8; rename it") from error
-
-
-def _size(path: str) -> int | None:
-    """Bytes of a slide's file: another one may lie at the same path."""
-    return os.path.getsize(path) if os.path.exists(path) else None
 
 
 def _mpp(slide: Slide, *asked: float | None) -> tuple[float, str]:

@@ -140,8 +140,18 @@ def open_image(path: Path) -> Slide:
     Raises:
         InputError: damaged, cut off, or pixels that `to_rgb8` refuses.
     """
-    image, dpi = _load(path, ("PNG", "JPEG"))
-    return ArraySlide(image, path, *(resolution_mpp(dpi, UM_PER_INCH) if dpi else NO_MPP))
+    return ArraySlide(_load(path, ("PNG", "JPEG")), path, *image_mpp(path))
+
+
+def image_mpp(path: Path) -> tuple[float | None, str]:
+    """mpp by the dots per inch of a PNG or JPEG, from its header alone.
+
+    Raises:
+        InputError: it is neither.
+    """
+    with _pillow(path, ("PNG", "JPEG")) as image:
+        dpi = image.info.get("dpi")
+    return resolution_mpp(dpi, UM_PER_INCH) if dpi else NO_MPP
 
 
 @contextmanager
@@ -182,7 +192,7 @@ def _whole_page(path: Path, page: Any) -> NDArray[np.uint8]:
     """A page as (H, W, 3) uint8 RGB."""
     if not (_is_rgb(page) or page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.MINISBLACK)):
         if page.photometric != tifffile.PHOTOMETRIC.MINISWHITE or page.dtype != np.uint16:
-            return _load(path, ("TIFF",))[0]  # Pillow knows palettes, CMYK and white as zero, but of 8 bits only
+            return _load(path, ("TIFF",))  # Pillow knows palettes, CMYK and white as zero, but of 8 bits only
         return to_rgb8(65535 - page.asarray(), str(path))
     pixels = page.asarray()
     if page.extrasamples and page.extrasamples[0] == tifffile.EXTRASAMPLE.UNSPECIFIED and page.axes == "YXS":
@@ -190,24 +200,30 @@ def _whole_page(path: Path, page: Any) -> NDArray[np.uint8]:
     return to_rgb8(np.moveaxis(pixels, 0, -1) if page.axes == "SYX" else pixels, str(path))
 
 
-def _load(path: Path, formats: tuple[str, ...]) -> tuple[NDArray[np.uint8], tuple[float, float] | None]:
-    """An image by Pillow: (H, W, 3) uint8 RGB, and its dots per inch if it says."""
+@contextmanager
+def _pillow(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """An image opened by Pillow, of which only the header is read yet."""
     with _reading(path), warnings.catch_warnings():
         # From 89 Mpx on it warns, and of damage that costs no pixel; errors are reported.
         warnings.simplefilter("ignore")
         try:
             with Image.open(path, formats=formats) as image:
-                dpi = image.info.get("dpi")
-                if image.format == "PNG" and image.mode in ("RGB", "RGBA") and _png_bits(path) == 16:
-                    return to_rgb8(_png_of_16_bits(path), str(path)), dpi  # Pillow cuts them to 8
-                ImageOps.exif_transpose(image, in_place=True)
-                if image.mode.startswith("I"):
-                    return to_rgb8(np.asarray(image).astype(np.uint16), str(path)), dpi
-                if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
-                    return to_rgb8(np.asarray(image.convert("RGBA")), str(path)), dpi
-                return to_rgb8(np.asarray(image.convert("RGB")), str(path)), dpi
+                yield image
         except Image.DecompressionBombError as error:
             raise InputError(f"`{path}`: too large for one piece in memory; save it as a tiled TIFF") from error
+
+
+def _load(path: Path, formats: tuple[str, ...]) -> NDArray[np.uint8]:
+    """An image by Pillow: (H, W, 3) uint8 RGB."""
+    with _pillow(path, formats) as image:
+        if image.format == "PNG" and image.mode in ("RGB", "RGBA") and _png_bits(path) == 16:
+            return to_rgb8(_png_of_16_bits(path), str(path))  # Pillow cuts them to 8
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):
+            return to_rgb8(np.asarray(image).astype(np.uint16), str(path))
+        if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
+            return to_rgb8(np.asarray(image.convert("RGBA")), str(path))
+        return to_rgb8(np.asarray(image.convert("RGB")), str(path))
 
 
 def _png_bits(path: Path) -> int:

@@ -22,6 +22,8 @@ OUTPUTS = {
 }
 #: Always written, for the report.
 THUMBNAIL_NAME = "thumbnail.jpg"
+#: All that may lie in a slide's folder of results, but for the next.
+RESULT_NAMES = (*OUTPUTS.values(), THUMBNAIL_NAME)
 #: Written last: a slide whose results are complete has it.
 DONE_NAME = "slide.json"
 

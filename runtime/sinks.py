@@ -62,11 +62,11 @@ def geojson_sink(
         io.TextIOWrapper(target, encoding="utf-8", newline="\n") as stream,
     ):
         stream.write('{"type": "FeatureCollection", "features": [')
-        separator = "\n"
+        separator, origin = "\n", np.array(origin_xy)
 
         def add(nucleus: Nucleus, rings: list[NDArray[np.float64]]) -> None:
             nonlocal separator
-            rings = [ring - origin_xy for ring in rings]
+            rings = [ring - origin for ring in rings]
             stream.write(separator + json.dumps(_feature(nucleus, rings, slide_name), ensure_ascii=False))
             separator = ",\n"
 

@@ -11,10 +11,11 @@ from typing import Any
 import click
 
 from nsam.runtime.errors import NsamError
+from nsam.runtime.options import NumberRange
 
 log = logging.getLogger("nsam")
 
-SCALE = click.FloatRange(0.05, 4)
+SCALE = NumberRange(0.05, 4)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

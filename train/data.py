@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nsam.runtime.errors import InputError
+from nsam.runtime.readers import image_mpp
 from nsam.runtime.slides import IMAGE_EXTENSIONS, TIFF_EXTENSIONS, open_slide
 from nsam.train.annotations import read_annotations
 
@@ -105,6 +106,8 @@ def check_distinct(samples: Sequence[Sample]) -> None:
 
 def _own_mpp(image: Path) -> float:
     try:
+        if image.suffix.lower() in IMAGE_EXTENSIONS:
+            return image_mpp(image)[0] or DEFAULT_MPP  # without decoding it
         with open_slide(image) as slide:
             return slide.mpp or DEFAULT_MPP
     except InputError:

@@ -64,12 +64,13 @@ def final_fold(samples: list[Sample], validation_share: float = 0.1, extra: Sequ
     """All images train a model to ship, but for the share that chooses its thresholds; nothing is left to test.
 
     Raises:
-        InputError: there is one image only.
+        InputError: no source has a second image.
     """
-    if len(samples) + len(extra) < 2:
-        raise InputError(f"`{samples[0].name}`: one image cannot train and choose thresholds, too; give two or more")
     parts = [_set_aside(list(source), validation_share, FOLDS) for source in (samples, extra) if source]
-    return Fold([s for train, _ in parts for s in train], [s for _, validation in parts for s in validation], [])
+    train, validation = ([s for part in parts for s in part[k]] for k in (0, 1))
+    if not train:
+        raise InputError(f"`{samples[0].name}`: one image cannot train and choose thresholds, too; give two or more")
+    return Fold(train, validation, [])
 
 
 def _set_aside(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
