@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from nsam.runtime.job import Job, to_json
 from nsam.runtime.outcome import Outcome
 from nsam.runtime.progress import Progress, progress
 from nsam.runtime.report import report_at_end
+from nsam.runtime.results import UNREADABLE, read_failures
 from nsam.runtime.settings import Settings
 from nsam.runtime.sinks import check_parquet
 from nsam.runtime.writers import output_errors, write_text
@@ -52,8 +54,8 @@ def run(settings: Settings) -> int:
         device = place.begin(job)
         bar.say(f"device: {device}")
         write_text(settings.out / "run.json", describe(settings, job.card, device, job.run_hash))
-        with output_errors(failed_csv):
-            failed_csv.unlink(missing_ok=True)
+        ours = {source.real_path for source in sources}
+        _write_failures(failed_csv, ours, [])
         names = folder_names([source.path for source in sources], settings.out)
         work = {source: settings.out / names[source.path] for source in sources}
         order = {source: i for i, source in enumerate(sources)}
@@ -62,7 +64,10 @@ def run(settings: Settings) -> int:
             if outcome.failure:
                 bar.say(f"failed: {outcome.failure[1]}", error=True)
                 failures = sorted([*failures, outcome], key=lambda failed: order[failed.source])
-                _write_failures(failed_csv, failures)
+                try:
+                    _write_failures(failed_csv, ours, failures)
+                except OutputError as error:  # a full disk, say; others may still be skipped or be told why they fail
+                    bar.say(str(error), error=True)
             elif outcome.nuclei is None:
                 skipped += 1
                 bar.say(f"{path}: done before, skipped")
@@ -143,15 +148,23 @@ def _check_writable(out: Path) -> None:
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # by another run
 
 
-def _write_failures(path: Path, failures: list[Outcome]) -> None:
+def _write_failures(path: Path, ours: set[str], failures: list[Outcome]) -> None:
+    """`failed.csv`: what earlier runs, or others beside this one, say of slides that are not of this run; then its own.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    rows = [row for row in read_failures(path) if row[1] != UNREADABLE and os.path.realpath(row[0]) not in ours]
+    rows += [(str(failed.source.path), *(failed.failure or ("", ""))) for failed in failures]
+    if not rows:
+        with output_errors(path):
+            path.unlink(missing_ok=True)
+        return
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("slide", "stage", "reason"))
-    writer.writerows((failed.source.path, *(failed.failure or ())) for failed in failures)
-    try:
-        write_text(path, text.getvalue())
-    except OutputError as error:  # a full disk, say; other slides may still be skipped or be told why they fail
-        click.echo(str(error), err=True)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

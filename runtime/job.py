@@ -22,6 +22,7 @@ from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import InputError, OutputError
 from nsam.runtime.frame import Frame
 from nsam.runtime.inputs import Source
+from nsam.runtime.lock import alone
 from nsam.runtime.outcome import Failed, Outcome, at
 from nsam.runtime.pipeline import Progress, make_bands, segment_slide
 from nsam.runtime.region import Region
@@ -86,7 +87,7 @@ class Job:
         start = time.monotonic()
         with self.opened(source) as (slide, frame, mpp_source):
             mpp, size = frame.mpp, source.size
-            with at("infer"):
+            with at("infer"), alone(folder):
                 store = self._store(source, folder, mpp)
                 strips = segment_slide(
                     slide,

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import click
 
 from nsam.runtime.errors import OutputError
-from nsam.runtime.results import SlideResult, as_dict, read_failures, read_json
+from nsam.runtime.results import UNREADABLE, SlideResult, as_dict, read_failures, read_json
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
 from nsam.runtime.writers import write_text
 
@@ -88,7 +88,7 @@ def write_report(out: Path) -> None:
             slides.append(SlideResult.read(path.parent))
         except (OSError, ValueError) as error:
             broken.append(
-                (path.parent.name, "report", f"its {DONE_NAME} cannot be read ({error}); delete it and run again")
+                (path.parent.name, UNREADABLE, f"its {DONE_NAME} cannot be read ({error}); delete it and run again")
             )
     failures = [*read_failures(out / "failed.csv"), *broken]
     model = as_dict(run.get("model"))

@@ -10,6 +10,9 @@ from typing import Any
 
 from nsam.runtime.settings import DONE_NAME
 
+#: Stage of the line that stands for a `failed.csv` which is broken itself.
+UNREADABLE = "report"
+
 
 @dataclass(frozen=True)
 class SlideResult:
@@ -75,7 +78,7 @@ def read_failures(path: Path) -> list[tuple[str, str, str]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, csv.Error) as error:
-        return [(path.name, "report", f"cannot be read ({error})")]
+        return [(path.name, UNREADABLE, f"cannot be read ({error})")]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -134,7 +135,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    part = _part(path)
+    # A name of its own: several runs may share a folder, and with it the files that tell of all of it.
+    part = _part(path.with_name(f"{path.name}.{secrets.token_hex(4)}"))
     with output_errors(path), ExitStack() as cleanup:
         cleanup.callback(part.unlink, missing_ok=True)
         part.write_bytes(content)

@@ -1,0 +1,85 @@
+"""Several runs into one folder, as the jobs of an array: none disturbs another."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from nsam.runtime.cli import main
+from nsam.runtime.errors import OutputError
+from nsam.runtime.lock import alone
+from nsam.runtime.results import read_failures
+
+
+@pytest.fixture
+def arguments(tiny_model: Path, tmp_path: Path) -> list[str]:
+    return ["--out", str(tmp_path / "out"), "--model", str(tiny_model), "--device", "cpu", "--threads", "1"]
+
+
+@pytest.fixture
+def infer(arguments: list[str]) -> Callable[..., Result]:
+    return lambda *more: CliRunner().invoke(main, [*arguments, *map(str, more)], catch_exceptions=False)
+
+
+@pytest.fixture
+def slides(draw_discs: Any, tmp_path: Path) -> Path:
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for name in "abcd":
+        Image.fromarray(draw_discs((200, 150), [(60, 60), (140, 100)], 16)).save(folder / f"{name}.png")
+    return folder
+
+
+def test_a_slide_that_another_run_is_writing_is_left_to_it(
+    infer: Callable[..., Result], slides: Path, tmp_path: Path
+) -> None:
+    held = tmp_path / "out" / "b"
+    with alone(held):
+        result = infer(slides, "--mpp", 0.25)
+        with pytest.raises(OutputError, match="another run is writing it"), alone(held):
+            pass
+    assert result.exit_code == 1
+    assert "3 slides done, 0 skipped, 1 failed" in result.stdout
+    assert result.stderr.strip() == (
+        f"failed: `{held}`: another run is writing it; wait for its end, or pass another --out"
+    )
+    assert not list(held.iterdir())
+    assert infer(slides, "--mpp", 0.25).exit_code == 0
+
+
+def test_the_jobs_of_an_array_at_once(arguments: list[str], slides: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nsam.runtime.cli", *arguments, "--mpp", "0.25"]
+    jobs = [
+        subprocess.Popen([*command, str(slide)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for slide in sorted(slides.iterdir())
+    ]
+    told = [job.communicate(timeout=120) for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * 4, told
+    out = tmp_path / "out"
+    for name in "abcd":
+        assert json.loads((out / name / "slide.json").read_text())["nuclei"] == 2
+    assert not list(out.rglob("*.part"))
+
+
+def test_failures_of_other_slides_stay(infer: Callable[..., Result], slides: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (slides / "a.png").write_bytes(b"no image")
+    assert infer(slides / "a.png", "--mpp", 0.25).exit_code == 1
+    assert infer(slides / "b.png", "--mpp", 0.25).exit_code == 0
+    assert [Path(slide).name for slide, *_ in read_failures(out / "failed.csv")] == ["a.png"]
+    assert "a.png" in (out / "report.html").read_text(encoding="utf-8")
+    (slides / "b.png").write_bytes(b"no image")
+    infer(slides / "b.png", "--mpp", 0.25, "--overwrite")
+    assert [Path(slide).name for slide, *_ in read_failures(out / "failed.csv")] == ["a.png", "b.png"]
+    for name in "ab":
+        (slides / f"{name}.png").write_bytes((slides / "c.png").read_bytes())
+    assert infer(slides, "--mpp", 0.25, "--overwrite").exit_code == 0
+    assert not (out / "failed.csv").exists()
