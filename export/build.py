@@ -27,9 +27,10 @@ from nsam.runtime.errors import DeviceError, InputError, ModelError, OutputError
 from nsam.runtime.settings import Device, Precision
 from nsam.train.checkpoint import load_fold
 from nsam.train.data import Sample, find_extra, find_samples
+from nsam.train.encoder import WINDOW
 from nsam.train.evaluate import TorchEngine, draft_card
 from nsam.train.exported import BASE_NAME, write_base
-from nsam.train.model import WINDOW, NucleusNet
+from nsam.train.model import NucleusNet
 from nsam.train.settings import Settings as Trained
 
 PACKAGES = ("nsam", "torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")

@@ -49,7 +49,7 @@ from nsam.runtime.options import names_of
     "--tile",
     type=int,
     multiple=True,
-    help="Side of a tile, px; once for each size that the model shall take: one multiple of 32, or several of 224. "
+    help="Side of a tile, px; once for each size that the model shall take: one multiple of 16, or several of 112. "
     "[default: the run's]",
 )
 @click.option("--tile-halo", type=click.IntRange(0), help="Px thrown away at a tile's sides. [default: the run's]")

@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nsam.runtime.card import SIZE_DIMENSION
 from nsam.runtime.errors import ModelError
-from nsam.train.model import WINDOW, NucleusNet
+from nsam.train.encoder import WINDOW
+from nsam.train.model import NucleusNet
 
 OPSET = 18  # TensorRT 10 and ONNX Runtime read it whole; from 23 on the exporter writes Attention, which TensorRT lacks
 SIMPLIFY_SECONDS = 600
@@ -45,7 +46,7 @@ def export_onnx(model: NucleusNet, sizes: tuple[int, ...], path: Path) -> None:
     example = torch.zeros(2, sizes[-1], sizes[-1], 3, dtype=torch.uint8)
     dynamic: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=1024)}
     if len(sizes) > 1:
-        windows = torch.export.Dim("windows", min=1, max=64)
+        windows = torch.export.Dim("windows", min=2, max=128)
         dynamic |= {1: WINDOW * windows, 2: WINDOW * windows}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations

@@ -36,5 +36,5 @@ class Settings:
 
     def __post_init__(self) -> None:
         for size in self.tile:
-            if size < 32 or size % 32:
-                raise InputError(f"`--tile` must be a multiple of 32, is {size}")
+            if size < 16 or size % 16:
+                raise InputError(f"`--tile` must be a multiple of 16, is {size}")

@@ -27,9 +27,9 @@ SIZE_DIMENSION = "size"
 class InputSpec:
     """What the network takes: uint8 (N, size, size, 3) at `mpp` micrometres per pixel, `size` one of `sizes`."""
 
-    sizes: tuple[int, ...] = (448, 672, 896, 1120)  # ascending; each slide's cut takes the one that suits it
+    sizes: tuple[int, ...] = (448, 560, 672, 784, 896, 1008, 1120)  # ascending; a slide's cut takes what suits it
     mpp: float = 0.25
-    multiple_of: int = 32
+    multiple_of: int = 16
     mean: tuple[float, float, float] = SAM_MEAN
     std: tuple[float, float, float] = SAM_STD
     colour_order: str = "RGB"

@@ -243,7 +243,7 @@ def test_a_graph_of_one_size_under_a_card_of_two(model: Path) -> None:
 
 @pytest.mark.parametrize("sizes", [(), (96, 64), (64, 64), (50,)])
 def test_sizes_of_a_card(sizes: tuple[int, ...]) -> None:
-    with pytest.raises(ModelError, match="must be multiples of 32, ascending"):
+    with pytest.raises(ModelError, match="must be multiples of 16, ascending"):
         ModelCard("tiny", "1", "Apache-2.0", input=InputSpec(sizes=sizes))
 
 

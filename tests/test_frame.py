@@ -19,7 +19,7 @@ from nsam.runtime.frame import Frame
 from nsam.runtime.region import Region
 from nsam.runtime.slides import ArraySlide
 
-CARD = ModelCard("any", "1", "Apache-2.0", input=InputSpec(sizes=(448, 672, 896, 1120), mpp=0.25))
+CARD = ModelCard("any", "1", "Apache-2.0", input=InputSpec(mpp=0.25))
 
 
 def blank(width: int, height: int) -> ArraySlide:
@@ -35,15 +35,16 @@ def frame_of(width: int, height: int, region: Region | None = None) -> Frame:
     [
         ((1, 1), 448),
         ((353, 353), 448),  # NuInsSeg: one tile of any size holds it
-        ((512, 512), 672),  # TNBC: one tile of 672 px, or four of 448
-        ((1000, 1000), 1120),
+        ((512, 512), 560),  # TNBC: one tile of 560 px, or four of 448
+        ((1000, 1000), 1008),
         ((860, 860), 896),
+        ((731, 731), 784),
         ((2_100, 2_100), 1120),
         ((2_150, 2_150), 672),  # three of 1,120 px a side, or four of 672
         ((20_000, 15_000), 1120),
-        ((60_000, 60_000), 896),
-        ((80_000, 15_000), 672),  # the maps of a row of larger ones would need more memory than is well spent
-        ((100_000, 15_000), 448),
+        ((60_000, 60_000), 1008),
+        ((80_000, 15_000), 784),  # the maps of a row of larger ones would need more memory than is well spent
+        ((140_000, 15_000), 448),
     ],
 )
 def test_size_that_suits(wh: tuple[int, int], size: int) -> None:

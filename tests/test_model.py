@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from fake_mobile_sam import mobile_sam_state
+from timm.models.tiny_vit import TinyVitBlock
 
 from nsam.runtime.card import OutputSpec
 from nsam.runtime.errors import ModelError
 from nsam.train.checkpoint import build_model, rename_mobile_sam
+from nsam.train.encoder import Block, LayerNorm2d
 from nsam.train.lora import LowRank, add_lora, has_lora, merge_lora
 from nsam.train.losses import map_losses, soft_dice
-from nsam.train.model import UNUSED, LayerNorm2d, NucleusNet, parameter_table
+from nsam.train.model import UNUSED, NucleusNet, parameter_table
 from nsam.train.optim import Ema
 from nsam.train.settings import NSAM, SEED
 from nsam.train.targets import inner_distance, make_targets
@@ -89,7 +91,7 @@ def test_maps_have_the_promised_shape_whatever_the_batch(channels: tuple[str, ..
         assert maps.shape == (2, len(channels), 64 // stride, 96 // stride)
         # An image's maps do not depend on its neighbours in the batch.
         torch.testing.assert_close(model(IMAGES[1:]), maps[1:], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="multiples of 32"):
+    with pytest.raises(ValueError, match="multiples of 16"):
         model(IMAGES[:, :50])
 
 
@@ -122,6 +124,15 @@ def test_the_far_end_of_a_tile_changes_nothing_here() -> None:
         difference = (model(images) - model(changed)).abs()
     assert difference[..., -16:].max() > 1e-2
     assert difference[..., :112].max() == 0
+
+
+@pytest.mark.parametrize("sides", [(14, 14), (21, 28), (5, 35)])
+def test_windows_equal_timm_s_where_sides_are_no_multiple_and_where_they_are(sides: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    block = Block(dim=20, num_heads=2, window_size=14).eval()
+    x = torch.randn(2, *sides, 20)
+    with torch.inference_mode():
+        torch.testing.assert_close(block(x), TinyVitBlock.forward(block, x))
 
 
 def test_layer_norm_equals_sam_s_and_survives_fp16() -> None:

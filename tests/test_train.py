@@ -285,7 +285,7 @@ def test_a_run_goes_on_only_from_where_it_stopped(tmp_path: Path, fold: Fold) ->
         (["--fold", "7"], "`--fold` must be 0 to 4, all or final, is 7"),
         (["--device", "cuda:99"], "cannot be had"),
         (["--base", "/nowhere.pt"], "no such base"),
-        (["--crop", "100"], "multiple of 32"),
+        (["--crop", "100"], "multiple of 16"),
     ],
 )
 def test_wrong_use_is_one_line(tmp_path: Path, discs: Path, options: list[str], message: str) -> None:

@@ -1,24 +1,21 @@
 """MobileSAM without prompts: its mask tokens are read as dense maps.
 
-Encoder: TinyViT-5M (Wu et al., ECCV 2022) from timm, its last stage kept at stride 16, with SAM's neck behind it,
-as in MobileSAM (Zhang et al., 2023). Decoder: segment-anything's MaskDecoder. Cost does not depend on the number
-of nuclei, and the graph has one input and one output.
+Decoder: segment-anything's MaskDecoder behind the encoder of encoder.py. Cost does not depend on the number of nuclei,
+and the graph has one input and one output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import timm
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import Tensor, nn
 
 from nsam.runtime.card import SAM_MEAN, SAM_STD, OutputSpec
+from nsam.train.encoder import EMBED_DIM, ENCODER_STRIDE, Early, Encoder, LayerNorm2d
 
-EMBED_DIM = 256  # SAM's width behind the neck
-ENCODER_STRIDE = 16
 #: Weights of MobileSAM on which no map depends, by the start of their names.
 UNUSED = (
     "encoder.vit.head.",
@@ -31,53 +28,11 @@ UNUSED = (
     "mask_decoder.transformer.layers.1.cross_attn_token_to_image.",
     "mask_decoder.transformer.final_attn_token_to_image.",
 )
-Early = tuple[Tensor, Tensor, Tensor]  # (N, 32, H/2, W/2), (N, 64, H/4, W/4), (N, 128, H/8, W/8)
-WINDOW = 224  # px after which the encoder's windows repeat; sides of which it is no divisor need padded tokens
-MULTIPLE_OF = 32  # TinyViT halves its input five times before the last stage's stride is taken back
 
 
 def needed(names: Iterable[str]) -> list[str]:
     """Those of the state's names without whose values the maps would be others."""
     return [name for name in names if not name.startswith(UNUSED) and not name.endswith("num_batches_tracked")]
-
-
-class LayerNorm2d(nn.Module):
-    """LayerNorm over the channels of NCHW, written with `F.layer_norm`.
-
-    SAM's own squares (x - mean) in the working precision and passes fp16's 65,504 (NVIDIA/TensorRT#3692).
-    """
-
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
-
-
-class Encoder(nn.Module):
-    """(N, 3, H, W) float32, normalised -> (N, 256, H/16, W/16) and the early features that `Detail` takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.vit = timm.create_model("tiny_vit_5m_224", pretrained=False, num_classes=1000, drop_path_rate=0.0)
-        self.vit.stages[3].downsample.conv2.conv.stride = (1, 1)
-        self.neck = nn.Sequential(
-            nn.Conv2d(320, EMBED_DIM, 1, bias=False),
-            LayerNorm2d(EMBED_DIM),
-            nn.Conv2d(EMBED_DIM, EMBED_DIM, 3, padding=1, bias=False),
-            LayerNorm2d(EMBED_DIM),
-        )
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Early]:
-        patch = self.vit.patch_embed
-        stride_2 = patch.act(patch.conv1(x))
-        stride_4 = self.vit.stages[0](patch.conv2(stride_2))
-        stride_8 = self.vit.stages[1](stride_4)
-        return self.neck(self.vit.stages[3](self.vit.stages[2](stride_8))), (stride_2, stride_4, stride_8)
 
 
 class Detail(nn.Module):
@@ -158,7 +113,7 @@ class Tokens(nn.Module):
 
 
 class NucleusNet(nn.Module):
-    """uint8 (N, H, W, 3) RGB -> float32 maps (N, C, H/stride, W/stride); H and W are multiples of 32.
+    """uint8 (N, H, W, 3) RGB -> float32 maps (N, C, H/stride, W/stride); H and W are multiples of 16.
 
     Args:
         output: channels (at most four: one mask token each) and stride: 2 with the detail stage, 4 without.
@@ -197,10 +152,12 @@ class NucleusNet(nn.Module):
         """See the class.
 
         Raises:
-            ValueError: a side that is no multiple of 32.
+            ValueError: a side that is no multiple of 16.
         """
-        if images.shape[1] % MULTIPLE_OF or images.shape[2] % MULTIPLE_OF:
-            raise ValueError(f"`images` must have sides that are multiples of 32, has {tuple(images.shape[1:3])}")
+        if images.shape[1] % ENCODER_STRIDE or images.shape[2] % ENCODER_STRIDE:
+            raise ValueError(
+                f"`images` must have sides that are multiples of {ENCODER_STRIDE}, has {tuple(images.shape[1:3])}"
+            )
         x = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
         embedding, early = self.encoder(x)
         return self._decode(embedding, early).float()

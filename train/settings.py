@@ -22,7 +22,7 @@ class Settings:
     # View
     mpp: float = 0.25  # µm/px at which the network sees tissue: slides scanned at 40x
     crop: int = 224  # multiples of 224 fill TinyViT's windows: no padded tokens, 1.4x the pixels a second of 256
-    tiles: tuple[int, ...] = (448, 672, 896, 1120)  # sides at inference, likewise; each image takes what suits it
+    tiles: tuple[int, ...] = (448, 560, 672, 784, 896, 1008, 1120)  # sides at inference: each image takes what suits it
     tile_halo: int = 56  # input px thrown away at tile sides: tiles step by multiples of 112, and most windows coincide
     scale_low: float = 0.7  # nuclei of other organs and species, and a wrong mpp
     scale_high: float = 1.4
@@ -59,8 +59,8 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, is {getattr(self, name)}")
-        if self.crop % 32:
-            raise ValueError(f"`crop` must be a multiple of 32, is {self.crop}")
+        if self.crop % 16:
+            raise ValueError(f"`crop` must be a multiple of 16, is {self.crop}")
 
     @property
     def output(self) -> OutputSpec:
