@@ -11,7 +11,7 @@ import click
 
 from nsam.export.settings import PRECISIONS, Settings
 from nsam.runtime.errors import NsamError
-from nsam.runtime.options import names_of
+from nsam.runtime.options import names_of, print_anything
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -70,6 +70,7 @@ def main(fold_dir: Path | None, out: Path | None, check: Path | None, verbose: b
     nsam-export runs/nsam/fold0 --out models/nsam
     nsam-export --check models/nsam
     """
+    print_anything()
     if check is None and (fold_dir is None or out is None):
         raise click.UsageError("a fold and --out are wanted, or --check MODEL")
     for noisy in ("onnxscript", "onnx_ir", "torch.onnx"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, get_args
 import click
 
 from nsam.runtime.errors import NsamError
-from nsam.runtime.options import NumberRange, names_of
+from nsam.runtime.options import NumberRange, names_of, print_anything
 from nsam.runtime.settings import OUTPUTS, Device, Precision, Settings
 
 _EXAMPLE = """\b
@@ -154,9 +153,7 @@ def main(verbose: bool, dry_run: bool, **options: Any) -> None:
     resolution), overlay.jpg (to look at) and slide.json; report.html shows them all. Coordinates are pixels of the
     full-resolution slide. Finished slides are skipped when the same run is started again.
     """
-    for stream in (sys.stdout, sys.stderr):  # a name that a log's encoding lacks must not end the run
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    print_anything()
     logging.basicConfig(format="%(name)s: %(message)s")
     if verbose:
         logging.getLogger("nsam").setLevel(logging.DEBUG)

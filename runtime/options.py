@@ -1,12 +1,21 @@
-"""Command-line values that click has no type for."""
+"""What the commands share: values that click has no type for, and output that any log can take."""
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
+
+
+def print_anything() -> None:
+    """Escape on stdout and stderr what their encoding lacks: a file's name must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class NumberRange(click.FloatRange):

@@ -168,6 +168,7 @@ def test_names_of_two_sources_do_not_mix(tmp_path: Path) -> None:
         "one/images/a.png",
         "two/images/a.png",
     ]
+    assert [s.mpp for s in find_extra(tmp_path / "one", 0.5)] == [0.5]
 
 
 def test_official_folds_are_the_paper_s() -> None:

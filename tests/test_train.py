@@ -286,6 +286,7 @@ def test_a_run_goes_on_only_from_where_it_stopped(tmp_path: Path, fold: Fold) ->
         (["--device", "cuda:99"], "cannot be had"),
         (["--base", "/nowhere.pt"], "no such base"),
         (["--crop", "100"], "multiple of 16"),
+        (["--extra-mpp", "0.5"], "one for each of 0 --extra is wanted, 1 came"),
     ],
 )
 def test_wrong_use_is_one_line(tmp_path: Path, discs: Path, options: list[str], message: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from nsam.runtime.errors import NsamError
-from nsam.runtime.options import NumberRange
+from nsam.runtime.options import NumberRange, print_anything
 
 log = logging.getLogger("nsam")
 
@@ -56,6 +56,12 @@ SCALE = NumberRange(0.05, 4)
     type=SCALE,
     help="Scale of the images, µm/px. [default: .17 for NuInsSeg, else what each image says, or .25]",
 )
+@click.option(
+    "--extra-mpp",
+    type=SCALE,
+    multiple=True,
+    help="The same for --extra, once for each and in their order.",
+)
 @click.option("--seed", type=int, help="Seed of weights, views and crops. [recipe: 0]")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto")
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
@@ -73,6 +79,7 @@ def main(data: Path, out: Path, verbose: bool, **options: Any) -> None:
     nsam-train NuInsSeg --out runs/nsam --fold 0
     nsam-train NuInsSeg --out runs/scratch --base none --tune full
     """
+    print_anything()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     try:
         train(data, out, options)
@@ -97,11 +104,11 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     from nsam.train.data import check_distinct, find_extra, find_samples
     from nsam.train.model import parameter_table
     from nsam.train.parallel import join
-    from nsam.train.settings import RECIPES, Settings
+    from nsam.train.settings import NAMED_BASES, RECIPES, Settings
 
     known = {field.name for field in fields(Settings)}
     chosen = {name: value for name, value in options.items() if name in known and value is not None}
-    if chosen["base"] not in ("mobile_sam", "default", "none") and Path(chosen["base"]).exists():
+    if chosen["base"] not in NAMED_BASES and Path(chosen["base"]).exists():
         chosen["base"] = str(Path(chosen["base"]).resolve())  # the run may be resumed and exported from elsewhere
     settings = replace(RECIPES[options["recipe"]], **chosen)
     which = parse_folds(options["fold"])
@@ -112,7 +119,12 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     if not group.leads:
         log.setLevel(logging.WARNING)
     samples = find_samples(data, options["data_mpp"])
-    extra = [sample for folder in options["extra"] for sample in find_extra(folder)]
+    scales = options["extra_mpp"] or [None] * len(options["extra"])
+    if len(scales) != len(options["extra"]):
+        raise NsamError(f"`--extra-mpp`: one for each of {len(options['extra'])} --extra is wanted, {len(scales)} came")
+    extra = [
+        sample for folder, scale in zip(options["extra"], scales, strict=True) for sample in find_extra(folder, scale)
+    ]
     check_distinct([*samples, *extra])
     log.info("%d images in %d groups, device %s", len(samples), len({s.group for s in samples}), device)
     if extra:

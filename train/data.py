@@ -80,9 +80,9 @@ def find_samples(root: Path, mpp: float | None = None) -> list[Sample]:
     return sorted(samples, key=lambda sample: sample.name)
 
 
-def find_extra(root: Path) -> list[Sample]:
-    """Images of another source; its folder's name goes before theirs, so that sources do not mix."""
-    return [replace(sample, name=f"{root.name}/{sample.name}") for sample in find_samples(root)]
+def find_extra(root: Path, mpp: float | None = None) -> list[Sample]:
+    """`find_samples` of another source; its folder's name goes before its images', so that sources do not mix."""
+    return [replace(sample, name=f"{root.name}/{sample.name}") for sample in find_samples(root, mpp)]
 
 
 def check_distinct(samples: Sequence[Sample]) -> None:

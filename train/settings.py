@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 
 from nsam.runtime.card import InputSpec, OutputSpec
 
+#: Values of `base` that are no path.
+NAMED_BASES = ("mobile_sam", "default", "none")
+
 
 @dataclass(frozen=True)
 class Settings:
