@@ -84,11 +84,24 @@ def find_slides(inputs: Sequence[str], mask_dir: Path | None = None) -> list[Sou
 
 
 def _with_masks(found: dict[str, Source], folder: Path) -> dict[str, Source]:
-    """The slides with their masks, and without those that are masks of others."""
+    """The slides with their masks, and without those that are masks of others.
+
+    Raises:
+        InputError: a mask would be that of two slides.
+    """
     masked = {key: s if s.mask else s._replace(mask=_mask_in(folder, s.path)) for key, s in found.items()}
     masks = {key: os.path.realpath(s.mask) for key, s in masked.items() if s.mask}
     of_others = {mask for key, mask in masks.items() if mask != key}
-    return {key: s for key, s in masked.items() if key not in of_others}
+    kept = {key: s for key, s in masked.items() if key not in of_others}
+    users: dict[Path, Path] = {}
+    for key, source in kept.items():
+        if source.mask and not found[key].mask and source.mask.is_file():
+            twin = users.setdefault(source.mask, source.path)
+            if twin != source.path:
+                raise InputError(
+                    f"`{source.mask}`: is named as `{twin}` and as `{source.path}`; give both masks in a table"
+                )
+    return kept
 
 
 def folder_names(paths: Sequence[Path], out: Path) -> dict[Path, str]:

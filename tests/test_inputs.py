@@ -109,6 +109,15 @@ def test_a_table_s_word_holds_however_it_is_written(tmp_path: Path) -> None:
             find_slides([str(table)])
 
 
+def test_a_mask_of_two_slides_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a.svs", "y/a.svs", "masks/b.png")
+    slides = [str(tmp_path / "x"), str(tmp_path / "y")]
+    assert len(find_slides(slides, tmp_path / "masks")) == 2  # none has one: each is told in its turn
+    touch(tmp_path, "masks/a.png")
+    with pytest.raises(InputError, match=r"x/a.svs` and as `.*y/a.svs`; give both masks in a table"):
+        find_slides(slides, tmp_path / "masks")
+
+
 def test_masks_of_slides_are_no_slides(tmp_path: Path) -> None:
     touch(tmp_path, "a.svs", "b.svs", "a.png", "own.png")
     sources = find_slides([str(tmp_path)], tmp_path)
