@@ -17,8 +17,6 @@ from nsam.runtime.measure import Nucleus
 from nsam.runtime.region import Region
 from nsam.runtime.sinks import Add
 
-#: Longer side of the overview that the pictures are drawn on.
-OVERVIEW_PX = 2048
 _THUMBNAIL_PX = 420
 _HEATMAP_PX = 1200
 _OUTLINE_RGB = (0, 200, 60)  # green stands out from both stains

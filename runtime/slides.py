@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,8 @@ EXTENSIONS = (*VENDOR_EXTENSIONS, *TIFF_EXTENSIONS, *IMAGE_EXTENSIONS)
 #: µm per level-0 px that can be meant: from oil immersion to a loupe.
 MPP_RANGE = (0.1, 2.0)
 
+#: Longer side of the overview that pictures are drawn on.
+OVERVIEW_PX = 2048
 #: Level px that one step of `read_overview` may read, along one axis; 4096² RGB are 50 MB.
 _OVERVIEW_STEP_PX = 4096
 
@@ -36,6 +39,9 @@ class Slide(Protocol):
     level_whs: list[tuple[int, int]]  # (width, height) of each level
     #: Where the scanned part begins, level-0 px. QuPath shows only that part, and counts from its corner.
     origin_xy: tuple[int, int] = (0, 0)
+
+    def __hash__(self) -> int:
+        return id(self)
 
     @property
     def size_wh(self) -> tuple[int, int]:
@@ -162,14 +168,35 @@ def read_input(slide: Slide, box: Box, grid: Grid) -> NDArray[np.uint8]:
 def read_overview(slide: Slide, longest_px: int) -> NDArray[np.uint8]:
     """The whole slide, its longer side at most `longest_px`: (h, w, 3) uint8 RGB.
 
-    Memory stays small for slides without pyramid, too: they are read piece by piece.
+    Memory stays small for slides without pyramid, too: they are read piece by piece. And they are read once, for all of
+    it has to be decoded: what is smaller than `OVERVIEW_PX` is shrunk from that.
 
     Raises:
         InputError: the file is damaged.
     """
+    grid, largest = _overview_grid(slide, longest_px), _overview_grid(slide, OVERVIEW_PX)
+    if longest_px > OVERVIEW_PX or level_for(slide, grid) != level_for(slide, largest):
+        return _read_pieces(slide, grid)
+    picture = _picture(slide)
+    if grid == largest:
+        return picture
+    return np.asarray(Image.fromarray(picture).resize(grid.input_wh, Image.Resampling.BOX))
+
+
+def _overview_grid(slide: Slide, longest_px: int) -> Grid:
     width, height = slide.size_wh
     shrink = min(1.0, longest_px / max(width, height))
-    grid = Grid((width, height), (max(1, round(width * shrink)), max(1, round(height * shrink))), stride=1)
+    return Grid((width, height), (max(1, round(width * shrink)), max(1, round(height * shrink))), stride=1)
+
+
+@lru_cache(maxsize=1)
+def _picture(slide: Slide) -> NDArray[np.uint8]:
+    picture = _read_pieces(slide, _overview_grid(slide, OVERVIEW_PX))
+    picture.flags.writeable = False  # several look at it
+    return picture
+
+
+def _read_pieces(slide: Slide, grid: Grid) -> NDArray[np.uint8]:
     small_w, small_h = grid.input_wh
     level_wh = slide.level_whs[level_for(slide, grid)]
     step = max(1, int(_OVERVIEW_STEP_PX * small_w / level_wh[0]))

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from nsam.runtime.canvas import Strip
 from nsam.runtime.errors import OutputError
 from nsam.runtime.outlines import simplified_rings
-from nsam.runtime.pictures import OVERVIEW_PX, Density, overlay_sink, write_heatmap, write_thumbnail
+from nsam.runtime.pictures import Density, overlay_sink, write_heatmap, write_thumbnail
 from nsam.runtime.region import Region
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
 from nsam.runtime.sinks import Add, csv_sink, geojson_sink, parquet_sink
-from nsam.runtime.slides import Slide, read_overview
+from nsam.runtime.slides import OVERVIEW_PX, Slide, read_overview
 from nsam.runtime.tiffs import write_labels, write_pyramid
 
 _OUTLINED = {"geojson", "geojson.gz", "overlay"}

@@ -354,9 +354,19 @@ def test_level_of_an_odd_size_still_serves(tmp_path: Path) -> None:
 
 def test_overview_in_steps_equals_one_resize() -> None:
     image = np.random.default_rng(1).integers(0, 256, (9000, 500, 3), dtype=np.uint8)
-    overview = read_overview(in_memory(image), 100)
-    expected = np.asarray(Image.fromarray(image).resize((6, 100), Image.Resampling.BILINEAR))
+    overview = read_overview(in_memory(image), 2250)
+    expected = np.asarray(Image.fromarray(image).resize((125, 2250), Image.Resampling.BILINEAR))
     assert np.abs(overview.astype(int) - expected).max() <= 1
+
+
+def test_a_slide_without_pyramid_is_read_once_for_all_overviews(monkeypatch: pytest.MonkeyPatch) -> None:
+    slide = in_memory(np.random.default_rng(1).integers(0, 256, (4000, 500, 3), dtype=np.uint8))
+    large = read_overview(slide, 2048)
+    monkeypatch.setattr(slide, "read_region", None)
+    assert read_overview(slide, 2048) is large
+    small = read_overview(slide, 256)
+    np.testing.assert_allclose(small, large.reshape(256, 8, 32, 8, 3).mean((1, 3)), atol=1)
+    assert read_overview(in_memory(np.zeros((4000, 500, 3), np.uint8)), 256).max() == 0  # another slide is another
 
 
 def test_overview_never_enlarges(noise: Pixels) -> None:
