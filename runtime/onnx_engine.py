@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,9 @@ def _session(path: Path, card: ModelCard, device: str, threads: int, size: int) 
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # A plan of where each tensor lies takes 1.1 GB in a tile of 1,120 px; without it .6, in the same time on a CPU.
     options.enable_mem_pattern = device != "cpu"
+    if device == "cpu":
+        _make_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     try:
         # With its fallback ONNX Runtime goes on without the GPU, at loading as at any batch.
         session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
@@ -100,6 +104,14 @@ def _session(path: Path, card: ModelCard, device: str, threads: int, size: int) 
     if session.get_providers()[0] != first:
         raise DeviceError(f"`{device}` cannot be had: {first} did not start; check the driver and CUDA's libraries")
     return session
+
+
+@lru_cache
+def _make_arena() -> None:
+    """One arena for the sessions of all sizes, of which one runs at a time: .8 GB for seven that took 2.1 apart."""
+    ort = _onnxruntime("cpu")
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, None)
 
 
 def _tensorrt_options(path: Path, card: ModelCard, size: int) -> dict[str, str]:
