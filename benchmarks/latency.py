@@ -36,7 +36,7 @@ MATRIX = 2048
 @click.option("--model", type=click.Path(path_type=Path), help="A folder made by nsam-export. [default: nsam's own]")
 @click.option("--engines", default=",".join(DEVICES), help="device:precision, separated by commas.")
 @click.option("--batches", default="1,4", help="Tiles a pass, separated by commas.")
-@click.option("--sizes", help="Sides of the tiles, px, separated by commas. [default: the smallest]")
+@click.option("--sizes", help="Sides of the tiles, px, separated by commas. [default: 448]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
 @click.option("--passes", type=click.IntRange(1), default=20, help="Timed passes, after 3 that are not.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
@@ -102,7 +102,7 @@ def measure(
 ) -> dict[str, Any]:
     """One setting: milliseconds of a pass alone, tiles/s, mm²/s, GFLOP/s, peak memory, and the start of the process.
 
-    Rates are of many passes, as many at the same time as those of a slide. A `size` of 0 is the smallest.
+    Rates are of many passes, as many at the same time as those of a slide. A `size` of 0 is `card.input.size`.
     """
     import numpy as np
 

@@ -100,7 +100,7 @@ def _build_in(
     validation = fold_samples(settings, "validation")
     chain = Chain(
         real_tiles(validation, card, card.input.size, settings.tiles),
-        [real_tiles(validation, card, size, 1) for size in card.input.sizes[1:]],
+        [real_tiles(validation, card, size, 1) for size in card.input.other_sizes],
         spread(validation, settings.images),
         out,
         force=settings.force,

@@ -69,7 +69,7 @@ def check(model_dir: Path, say: Callable[[str], None] = lambda line: None) -> No
         shown = f"maps within {apart:.2g} of the reference, PQ of its {nuclei.max()} nuclei {agreement:.4f}"
         if agreement < LEAST_AGREEMENT:
             raise ModelError(f"`{model_dir / name}`: {shown}, must be at least {LEAST_AGREEMENT}")
-        for size in card.input.sizes[1:]:
+        for size in card.input.other_sizes:
             side = size // card.output.stride
             if engine.run(np.zeros((1, size, size, 3), np.uint8)).shape[2:] != (side, side):
                 raise ModelError(f"`{model_dir / name}`: does not take tiles of {size} px, as its card says")

@@ -37,7 +37,7 @@ class Link:
     max: float  # of |difference| over all maps, the logit as a probability
     p999: float
     mean: float
-    worst_tile: int  # of the smallest size, the one with the largest difference
+    worst_tile: int  # of `card.input.size`, the one with the largest difference
     metrics: dict[str, float]  # |difference| of Dice, AJI and PQ, mean of the images
     gate: str
     passed: bool
@@ -63,7 +63,7 @@ class Chain:
     ) -> None:
         """
         Args:
-            tiles: (N, S, S, 3) uint8, real tissue, in the smallest size.
+            tiles: (N, S, S, 3) uint8, real tissue, of `card.input.size`.
             larger: the same in the other sizes, a tile of each.
             samples: labelled images for Dice, AJI and PQ.
             pictures: folder for the worst tile of each link that can be seen to differ.

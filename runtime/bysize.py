@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class BySize:
-    """Engines of one file; that of a size is made when its first tile comes, the smallest size's at once.
+    """Engines of one file; that of a size is made when its first tile comes, that of `size` at once.
 
     Args:
         make: an engine for a size and a number of streams, which share its threads.
-        size: the smallest.
+        size: the one in which rates are told.
         streams: batches that run at the same time.
         keep: whether the engines for other sizes stay while many batches of one size are run.
     """

@@ -19,6 +19,7 @@ from nsam.runtime.errors import ModelError
 SAM_MEAN = (123.675, 116.28, 103.53)
 SAM_STD = (58.395, 57.12, 57.375)
 
+_TOLD_PX = 448
 #: What the graph's input calls its height and width where it takes several sizes.
 SIZE_DIMENSION = "size"
 
@@ -27,7 +28,8 @@ SIZE_DIMENSION = "size"
 class InputSpec:
     """What the network takes: uint8 (N, size, size, 3) at `mpp` micrometres per pixel, `size` one of `sizes`."""
 
-    sizes: tuple[int, ...] = (448, 560, 672, 784, 896, 1008, 1120)  # ascending; a slide's cut takes what suits it
+    #: Ascending; a slide's cut takes the one that suits it. Those below 448 are for images that they hold whole.
+    sizes: tuple[int, ...] = (224, 336, 448, 560, 672, 784, 896, 1008, 1120)
     mpp: float = 0.25
     multiple_of: int = 16
     mean: tuple[float, float, float] = SAM_MEAN
@@ -36,12 +38,17 @@ class InputSpec:
 
     @property
     def size(self) -> int:
-        """The smallest, in which proofs and timings are told."""
-        return self.sizes[0]
+        """The one in which proofs, timings and batches are told: 448 px, or the smallest where that is none of them."""
+        return _TOLD_PX if _TOLD_PX in self.sizes else self.sizes[0]
+
+    @property
+    def other_sizes(self) -> tuple[int, ...]:
+        """All but that."""
+        return tuple(size for size in self.sizes if size != self.size)
 
     def scaled(self, batch: int, size: int) -> int:
-        """As many tiles of `size` as have the pixels of a batch of the smallest, but at least one."""
-        return max(1, batch * self.size**2 // size**2)
+        """As many tiles of `size` as have the pixels of a batch of `self.size`; at least one, at most the batch."""
+        return max(1, batch * self.size**2 // max(size, self.size) ** 2)
 
 
 @dataclass(frozen=True)

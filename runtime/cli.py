@@ -109,7 +109,8 @@ def _roi(
     type=click.IntRange(1, 256),
     default=Settings.batch,
     show_default=True,
-    help="Tiles of the smallest size that the network takes at once; more need more memory.",
+    help="Tiles of 448 px that the network takes at once, of larger ones as many as have their pixels; more need more "
+    "memory.",
 )
 @click.option(
     "--tta",

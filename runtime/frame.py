@@ -67,10 +67,10 @@ class Frame:
         Large tiles throw less of their sides away, small ones fit a small image better. What is wanted of the slide
         does not count: a nucleus is the same with a mask and without.
         """
-        smallest, *larger = self.card.input.sizes
+        told = self.card.input.size
         row_px = self.grid.map_wh[0] / self.card.output.stride
         bytes_each = 4 * (len(self.card.output.channels) + 1) * row_px
-        sizes = [smallest, *(size for size in larger if size * bytes_each <= ROW_BYTES)]
+        sizes = [size for size in self.card.input.sizes if size <= told or size * bytes_each <= ROW_BYTES]
         halo = self.card.post.tile_halo_px
         return min(sizes, key=lambda size: size**2 * tile_count(self.grid.input_wh, size, halo))
 

@@ -19,7 +19,7 @@ _PROVIDERS = {
     "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
 }
 _KINDS = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
-#: Tiles of the smallest size for which TensorRT's engine is built; more are refused by it.
+#: Tiles of the size in which batches are told for which TensorRT's engine is built; more are refused by it.
 _BATCHES = {"min": 1, "opt": 8, "max": 64}
 
 

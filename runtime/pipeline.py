@@ -57,7 +57,7 @@ def segment_slide(
         slide: an open slide.
         engine: the network.
         mpp: µm per level-0 px.
-        batch: tiles of the smallest size in a pass of the network; of larger ones as many as have their pixels.
+        batch: tiles of `card.input.size` in a pass of the network; of larger ones as many as have their pixels.
         region: where nuclei are wanted; tiles that cannot change one there are skipped. None: everywhere.
         block_px: side of a post-processing block; the result does not depend on it.
         workers: threads that separate nuclei while the network runs on; the result does not depend on them.

@@ -34,16 +34,16 @@ def dry_run(settings: Settings) -> int:
     sources = find_slides(settings.inputs, settings.mask_dir)
     job = Job.of(settings)
     engine = job.engine()
-    smallest = engine.card.input.size
+    told = engine.card.input.size
     rate = tiles_per_second(engine, settings.batch)
-    click.echo(f"device: {engine.device}, {rate:.2g} tiles of {smallest} px a second")
+    click.echo(f"device: {engine.device}, {rate:.2g} tiles of {told} px a second")
     tiles = failed = 0
     disk = seconds = 0.0
     for source in sources:
         try:
             with job.opened(source) as (slide, frame, mpp_source):
                 wanted, area_px = frame.tiles_wanted, frame.region.area_px
-                needed = wanted * (frame.tile_px / smallest) ** 2 / rate
+                needed = wanted * (frame.tile_px / told) ** 2 / rate
                 width, height = slide.size_wh
                 level = level_for(slide, frame.grid)
         except Failed as failure:
@@ -66,7 +66,7 @@ def dry_run(settings: Settings) -> int:
 
 
 def tiles_per_second(engine: Engine, batch: int) -> float:
-    """The network's rate with many tiles of the smallest size, by a trial of two seconds."""
+    """The network's rate with many tiles of `card.input.size`, by a trial of two seconds."""
     images = np.full((batch, engine.card.input.size, engine.card.input.size, 3), 200, np.uint8)
     list(engine.run_all([images, images]))  # the first passes load and allocate
     begin = time.perf_counter()

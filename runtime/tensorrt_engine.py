@@ -24,7 +24,7 @@ from nsam.runtime.errors import DeviceError
 
 _log = logging.getLogger(__name__)
 
-#: Batches of an engine for the smallest tiles: least, the one it is tuned for, most; `run` cuts larger ones.
+#: Batches of an engine, of `card.input.size`: least, the one it is tuned for, most; `run` cuts larger ones.
 BATCHES = (1, 8, 16)
 WORKSPACE_BYTES = 2 << 30  # of a T4's 16 GB
 _KINDS = {"UINT8": "uint8", "FLOAT": "float32"}

@@ -33,8 +33,9 @@ def frame_of(width: int, height: int, region: Region | None = None) -> Frame:
 @pytest.mark.parametrize(
     ("wh", "size"),
     [
-        ((1, 1), 448),
-        ((353, 353), 448),  # NuInsSeg: one tile of any size holds it
+        ((1, 1), 224),
+        ((249, 249), 336),  # NuInsSeg at .35 µm/px: one tile of any size holds it
+        ((353, 353), 448),
         ((512, 512), 560),  # TNBC: one tile of 560 px, or four of 448
         ((1000, 1000), 1008),
         ((860, 860), 896),
@@ -82,6 +83,8 @@ def test_another_scale_for_the_network(tiny_model: Path, tmp_path: Path, draw_di
         load(tiny_model, "cpu", network_mpp=0.6)
 
 
-@pytest.mark.parametrize(("batch", "size", "scaled"), [(4, 448, 4), (4, 672, 1), (16, 896, 4), (1, 1120, 1)])
+@pytest.mark.parametrize(
+    ("batch", "size", "scaled"), [(4, 448, 4), (4, 672, 1), (16, 896, 4), (1, 1120, 1), (4, 224, 4)]
+)
 def test_batches_have_as_many_pixels(batch: int, size: int, scaled: int) -> None:
     assert CARD.input.scaled(batch, size) == scaled

@@ -239,7 +239,7 @@ def test_what_cannot_be_exported_is_one_line(run: Path, model_dir: Path, small_d
     (tmp_path / "labels").mkdir()
     assert "no images in it" in fails(fold, "--out", str(tmp_path / "m"), "--data", str(tmp_path))
     assert "`--tile` must be a multiple of 16, is 100" in fails(fold, "--out", str(tmp_path / "m"), "--tile", "100")
-    assert "less than half a tile of 448 px, is 224" in fails(fold, "--out", str(tmp_path / "m"), "--tile-halo", "224")
+    assert "less than half a tile of 224 px, is 224" in fails(fold, "--out", str(tmp_path / "m"), "--tile-halo", "224")
 
 
 @pytest.mark.parametrize("store", ["fp32", "fp16"])

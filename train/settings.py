@@ -25,7 +25,7 @@ class Settings:
     # View
     mpp: float = 0.25  # µm/px at which the network sees tissue: slides scanned at 40x
     crop: int = 224  # multiples of 224 fill TinyViT's windows: no padded tokens, 1.4x the pixels a second of 256
-    tiles: tuple[int, ...] = (448, 560, 672, 784, 896, 1008, 1120)  # sides at inference: each image takes what suits it
+    tiles: tuple[int, ...] = InputSpec.sizes  # sides at inference: each image takes what suits it
     tile_halo: int = 56  # input px thrown away at tile sides: tiles step by multiples of 112, and most windows coincide
     scale_low: float = 0.7  # nuclei of other organs and species, and a wrong mpp
     scale_high: float = 1.4
