@@ -33,12 +33,15 @@ REGIONS = (
     ("instanseg_HE_example.tif", 0.5, (240, 300)),
 )
 SIDE_UM = 448.0
-#: Tile, halo, tiles a pass, and how far the grid is shifted, input px. The first four are what ships, each for the
+#: Tile, halo, tiles a pass, and how far the grid is shifted, input px. The first seven are what ships, each for the
 #: slides that it suits: steps of 112 px, the period of all of the encoder's windows but the largest, of 224 px.
 CUTS = (
     (448, 56, 4, 0),
+    (560, 56, 1, 0),
     (672, 56, 1, 0),
+    (784, 56, 1, 0),
     (896, 56, 1, 0),
+    (1008, 56, 1, 0),
     (1120, 56, 1, 0),
     (448, 0, 4, 0),
     (448, 32, 4, 0),
