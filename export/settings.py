@@ -23,6 +23,7 @@ class Settings:
     licence: str = "Apache-2.0"
     attribution: str = ""  # whose data it was trained on, and under which licence
     limits: str = ""  # what the model is not for, and where it was never tried
+    mpp: float | None = None  # scale at which the network sees tissue, µm/px; None: as the run validated
     tile: tuple[int, ...] = ()  # sides of the tiles, px; empty: as the run validated
     tile_halo: int | None = None  # px thrown away at a tile's sides; (tile - 2 halo) / 112 whole: most windows coincide
     store: str = "fp32"  # weights of model.onnx: fp16 halves the file, arithmetic stays fp32

@@ -239,6 +239,7 @@ def test_what_cannot_be_exported_is_one_line(run: Path, model_dir: Path, small_d
     (tmp_path / "labels").mkdir()
     assert "no images in it" in fails(fold, "--out", str(tmp_path / "m"), "--data", str(tmp_path))
     assert "`--tile` must be a multiple of 16, is 100" in fails(fold, "--out", str(tmp_path / "m"), "--tile", "100")
+    assert "near the 0.25 µm/px at which the run learnt" in fails(fold, "--out", str(tmp_path / "m"), "--mpp", "0.6")
     assert "less than half a tile of 224 px, is 224" in fails(fold, "--out", str(tmp_path / "m"), "--tile-halo", "224")
 
 
@@ -246,10 +247,11 @@ def test_what_cannot_be_exported_is_one_line(run: Path, model_dir: Path, small_d
 def test_an_exported_model_is_a_base(run: Path, tmp_path: Path, store: str) -> None:
     out = tmp_path / "m"
     options = ["--tiles", "2", "--store", store, "--precisions", "fp32", "--tile", "224", "--tile-halo", "16"]
+    options += ["--mpp", "0.3"]
     result = CliRunner().invoke(export_main, [str(run / "fold0"), "--out", str(out), *options])
     assert result.exit_code == 0, result.output
     card = load(out, device="cpu").card
-    assert (card.input.size, card.post.tile_halo_px) == (224, 16)
+    assert (card.input.size, card.post.tile_halo_px, card.input.mpp) == (224, 16, 0.3)
     settings = replace(load_fold(run / "fold0")[1], base=str(out), tune="lora")
     reread = build_model(settings)[0].eval()
     images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
