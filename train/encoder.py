@@ -59,8 +59,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.vit = timm.create_model("tiny_vit_5m_224", pretrained=False, num_classes=1000, drop_path_rate=0.0)
         self.vit.stages[3].downsample.conv2.conv.stride = (1, 1)
-        widest = self.vit.stages[2]
-        widest.blocks = nn.Sequential(*(Block(b.dim, b.num_heads, b.window_size) for b in widest.blocks))
+        for block in self.vit.stages[2].blocks:
+            block.__class__ = Block  # the weights stay as timm drew them: a seed gives the network that it gave before
         self.neck = nn.Sequential(
             nn.Conv2d(320, EMBED_DIM, 1, bias=False),
             LayerNorm2d(EMBED_DIM),
