@@ -259,6 +259,11 @@ def test_an_exported_model_is_a_base(run: Path, tmp_path: Path, store: str) -> N
         expected = load_merged(run / "fold0")(images)
         # LoRA begins with B = 0; the base alone answers.
         torch.testing.assert_close(reread(images), expected, rtol=0, atol=1e-4 if store == "fp32" else 0.05)
+    for weights, beside in (
+        (out / "base.safetensors", out / "card.json"),
+        (run / "fold0" / "best.safetensors", run / "fold0" / "history.csv"),
+    ):
+        assert weights.stat().st_mode == beside.stat().st_mode, "colleagues read them, too"
     assert (out / "base.safetensors").stat().st_size < (17e6 if store == "fp32" else 9e6)
     with pytest.raises(ModelError, match="are asked for"):
         build_model(replace(settings, channels=("nucleus",)))

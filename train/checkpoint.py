@@ -10,7 +10,7 @@ from typing import Any
 import pooch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import nsam.runtime
@@ -156,7 +156,7 @@ def trained_state(model: nn.Module, base: str) -> dict[str, Tensor]:
 def save_fold(path: Path, state: dict[str, Tensor], base_hash: str) -> None:
     """Write trained weights with the hash of the base that they belong to."""
     part = path.with_suffix(".part")
-    save_file(state, part, metadata={"base_hash": base_hash})
+    part.write_bytes(save(state, metadata={"base_hash": base_hash}))  # `save_file` lets only its user read
     part.replace(path)
 
 

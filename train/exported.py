@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from nsam.runtime.card import ModelCard
@@ -50,7 +50,8 @@ def write_base(model: nn.Module, graph: Path, path: Path) -> None:
                     found[name] = (places[key], turned)
         if name not in found:
             rest[name] = value.detach().cpu().to(torch.float16 if half and value.ndim > 1 else torch.float32)
-    save_file({name: value.contiguous() for name, value in rest.items()}, path, {"initializers": json.dumps(found)})
+    content = save({name: value.contiguous() for name, value in rest.items()}, {"initializers": json.dumps(found)})
+    path.write_bytes(content)  # `save_file` lets only its user read
 
 
 def load_exported(model: NucleusNet, model_dir: Path) -> None:
