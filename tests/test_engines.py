@@ -248,19 +248,21 @@ def test_sizes_of_a_card(sizes: tuple[int, ...]) -> None:
         ModelCard("tiny", "1", "Apache-2.0", input=InputSpec(sizes=sizes))
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_sessions_of_all_sizes_share_their_memory() -> None:
     """Where each had an arena of its own these three took 1.5 GB."""
     pytest.importorskip("onnxruntime")
     code = """
-import numpy, resource
+import numpy
 from nsam.runtime.engines import load
 engine = load(device="cpu", threads=2)
 for size in engine.card.input.sizes[-3:]:
     engine.run(numpy.zeros((1, size, size, 3), numpy.uint8))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+# Not getrusage: its peak is that of the process that started this one, too.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1000
+    assert int(done.stdout) < 1_000_000  # kB
 
 
 def images_of(n: int) -> Any:
