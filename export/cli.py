@@ -11,7 +11,7 @@ import click
 
 from nsam.export.settings import PRECISIONS, Settings
 from nsam.runtime.errors import NsamError
-from nsam.runtime.options import NumberRange, names_of, print_anything
+from nsam.runtime.options import SCALE, names_of, print_anything
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -47,7 +47,7 @@ from nsam.runtime.options import NumberRange, names_of, print_anything
 @click.option("--limits", default="", help="What the model is not for, for the card.")
 @click.option(
     "--mpp",
-    type=NumberRange(0.05, 4),
+    type=SCALE,
     help="Scale at which the network sees tissue, µm/px, so that images of a common size fill its tiles, say. "
     "[default: the run's]",
 )

@@ -54,7 +54,7 @@ def run(settings: Settings) -> int:
         device = place.begin(job)
         bar.say(f"device: {device}")
         write_text(settings.out / "run.json", describe(settings, job.card, device, job.run_hash))
-        ours = {source.real_path for source in sources}
+        ours = {name for source in sources for name in (str(source.path), source.real_path)}
         _write_failures(failed_csv, ours, [])
         names = folder_names([source.path for source in sources], settings.out)
         work = {source: settings.out / names[source.path] for source in sources}
@@ -157,7 +157,12 @@ def _write_failures(path: Path, ours: set[str], failures: list[Outcome]) -> None
     Raises:
         OutputError: it cannot be written.
     """
-    rows = [row for row in read_failures(path) if row[1] != UNREADABLE and os.path.realpath(row[0]) not in ours]
+    # By its name first: to follow this run's own links again at each failure would take the square of their number.
+    rows = [
+        row
+        for row in read_failures(path)
+        if row[1] != UNREADABLE and row[0] not in ours and os.path.realpath(row[0]) not in ours
+    ]
     rows += [(str(failed.source.path), *(failed.failure or ("", ""))) for failed in failures]
     if not rows:
         with output_errors(path):

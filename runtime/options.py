@@ -29,6 +29,10 @@ class NumberRange(click.FloatRange):
         return number
 
 
+#: µm per px that an image may have, or a network be shown.
+SCALE = NumberRange(0.05, 4)
+
+
 def names_of(allowed: Iterable[str]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
     """A callback for names separated by commas, each out of a list: `a, b` -> ("a", "b"); twice counts once."""
     known = tuple(allowed)

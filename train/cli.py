@@ -11,11 +11,9 @@ from typing import Any
 import click
 
 from nsam.runtime.errors import NsamError
-from nsam.runtime.options import NumberRange, print_anything
+from nsam.runtime.options import SCALE, print_anything
 
 log = logging.getLogger("nsam")
-
-SCALE = NumberRange(0.05, 4)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
