@@ -30,6 +30,7 @@ from nsam.train.data import Sample, find_extra, find_samples
 from nsam.train.encoder import WINDOW
 from nsam.train.evaluate import TorchEngine, draft_card
 from nsam.train.exported import BASE_NAME, write_base
+from nsam.train.lineage import SEEN_NAME
 from nsam.train.model import NucleusNet
 from nsam.train.settings import Settings as Trained
 
@@ -156,6 +157,7 @@ def _build_in(
     card = replace(
         card, proven=tuple(name for name in proven if name not in failed), failed_links=tuple(failed.values())
     )
+    shutil.copyfile(settings.fold_dir / SEEN_NAME, out / SEEN_NAME)
     write_reference(out / REFERENCE_NAME, chain.tiles[:1], chain.maps("torch")[:1])
     _write_model(out, card, shipped, merged)
     if settings.tensorrt:
@@ -186,6 +188,7 @@ def _write_model(
         write_base(base, folder / "model.onnx", folder / BASE_NAME)
         files[BASE_NAME] = FileEntry(sha256_of(folder / BASE_NAME), "weights")
         files[REFERENCE_NAME] = FileEntry(sha256_of(folder / REFERENCE_NAME), "reference")
+        files[SEEN_NAME] = FileEntry(sha256_of(folder / SEEN_NAME), "images seen")
     listed = replace(card, files=files)
     (folder / "card.json").write_text(listed.to_json(), encoding="utf-8")
 

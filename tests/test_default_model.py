@@ -12,9 +12,12 @@ import torch
 
 import nsam.runtime
 from nsam.runtime.card import ModelCard
+from nsam.runtime.errors import InputError
 from nsam.runtime.metrics import mean_and_pooled, score
 from nsam.train.checkpoint import build_model
-from nsam.train.data import find_samples, read_sample
+from nsam.train.data import find_extra, find_samples, read_sample
+from nsam.train.folds import make_folds
+from nsam.train.lineage import digest, refuse_seen, seen_by
 from nsam.train.settings import NSAM
 
 MODEL = Path(nsam.runtime.__file__).parent / "default_model"
@@ -52,6 +55,18 @@ def test_it_finds_nuclei_of_scanners(data_dir: Path, source: str, least: float) 
         image, truth = read_sample(sample)
         scores.append(score(truth, nsam.runtime.segment(image, mpp=sample.mpp)))
     assert mean_and_pooled(scores)[1]["dice"] > least
+
+
+def test_it_says_what_it_has_seen(data_dir: Path) -> None:
+    """Its list is the training and validation part of official fold 0; as a base it is refused where it would be
+    tested on one of these."""
+    extra = [sample for source in ("tnbc", "dsb2018_he") for sample in find_extra(data_dir / source)]
+    first, second, *_ = make_folds(find_samples(data_dir / "nuinsseg"), extra=extra)
+    assert seen_by("default") == {digest(sample.image) for sample in (*first.train, *first.validation)}
+    settings = replace(NSAM, base="default")
+    refuse_seen(settings, "fold0", first.test)
+    with pytest.raises(InputError, match="133 of the 133 test images of fold1"):
+        refuse_seen(settings, "fold1", second.test)
 
 
 def test_it_is_a_base_for_training(example: np.ndarray) -> None:

@@ -13,10 +13,11 @@ from timm.models.tiny_vit import TinyVitBlock
 
 from nsam.runtime.card import OutputSpec
 from nsam.runtime.errors import ModelError
-from nsam.train.checkpoint import build_model, rename_mobile_sam
+from nsam.train.checkpoint import build_model
 from nsam.train.encoder import Block, LayerNorm2d
 from nsam.train.lora import LowRank, add_lora, has_lora, merge_lora
 from nsam.train.losses import map_losses, soft_dice
+from nsam.train.mobile_sam import rename_mobile_sam
 from nsam.train.model import UNUSED, NucleusNet, parameter_table
 from nsam.train.optim import Ema
 from nsam.train.settings import NSAM, SEED

@@ -19,7 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from nsam.runtime.errors import ModelError
-from nsam.train.checkpoint import build_model, load_mobile_sam
+from nsam.train.checkpoint import build_model
+from nsam.train.mobile_sam import load_mobile_sam
 from nsam.train.model import UNUSED, NucleusNet
 from nsam.train.settings import NSAM
 

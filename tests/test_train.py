@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from PIL import Image
 
 from nsam.runtime.errors import ModelError
@@ -27,6 +27,7 @@ from nsam.train.cli import main
 from nsam.train.data import find_samples
 from nsam.train.fit import fit, train_mode
 from nsam.train.folds import Fold
+from nsam.train.lineage import SEEN_NAME
 from nsam.train.model import NucleusNet
 from nsam.train.settings import NSAM, SEED, Settings
 
@@ -82,7 +83,8 @@ def test_one_fold_leaves_what_the_design_promises(tmp_path: Path, fold: Fold) ->
     out = config(tmp_path, TINY)
     metrics = fit(TINY, fold, out, device=CPU)
     assert metrics is not None
-    assert {p.name for p in out.iterdir()} == {"last.pt", "best.safetensors", "history.csv", "metrics.json"}
+    files = {"last.pt", "best.safetensors", "history.csv", "seen.txt", "metrics.json"}
+    assert {p.name for p in out.iterdir()} == files
     assert metrics["images"] == 2
     assert metrics["nuclei_true"] == 8
     model, settings = load_fold(out)
@@ -230,6 +232,41 @@ def test_a_final_model_is_of_all_images(tmp_path: Path, discs: Path) -> None:
     assert load_fold(tmp_path / "final")[1].steps == 2
     again = CliRunner().invoke(main, [str(discs), "--out", str(tmp_path), "--fold", "final", "--eval-only"])
     assert "has no test part" in again.stderr
+
+
+def test_no_base_has_seen_the_images_that_test_it(tmp_path: Path, discs: Path) -> None:
+    """A fold goes on from the same fold of a run, and from no other; what a base of its base saw counts, too."""
+    options = ["--tune", "full", "--crop", "32", "--batch", "2", "--steps", "2", "--workers", "0", "--resume"]
+
+    def run(out: str, base: Path | str, fold: str) -> Result:
+        command = [str(discs), "--out", str(tmp_path / out), "--base", str(base), "--fold", fold]
+        return CliRunner().invoke(main, [*command, *options])
+
+    first = tmp_path / "first"
+    for out, base, fold in (
+        ("first", "none", "0"),
+        ("first", "none", "1"),
+        ("fold", first / "fold0", "0"),
+        ("run", first, "1"),
+        ("final", first / "fold0", "final"),  # it tests nothing
+    ):
+        result = run(out, base, fold)
+        assert result.exit_code == 0, result.output
+    for path in (tmp_path / "fold" / "fold0", tmp_path / "run" / "fold1"):
+        assert (path / SEEN_NAME).read_text() == (first / path.name / SEEN_NAME).read_text()
+    assert (tmp_path / "final" / "final" / SEEN_NAME).read_text().count("\n") == 10
+    goes_on = build_model(load_fold(tmp_path / "run" / "fold1")[1])[0].state_dict()
+    begun = load_fold(first / "fold1")[0].state_dict()
+    assert all(torch.equal(goes_on[name], begun[name]) for name in begun)
+    for base in (first / "fold0", tmp_path / "fold" / "fold0"):
+        for fold in ("1", "all"):
+            result = run("leak", base, fold)
+            assert result.exit_code == 2
+            assert "has been trained on 2 of the 2 test images of fold1" in result.stderr
+    assert not (tmp_path / "leak").exists()
+    result = run("missing", first, "2")
+    assert result.exit_code == 2
+    assert "fold2" in result.stderr
 
 
 def test_two_processes_train_one_fold(tmp_path: Path, discs: Path) -> None:

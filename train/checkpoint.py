@@ -7,38 +7,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pooch
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-import nsam.runtime
+from nsam.runtime.engines import DEFAULT_MODEL
 from nsam.runtime.errors import ModelError
 from nsam.train.exported import load_exported
+from nsam.train.lineage import of_fold
 from nsam.train.lora import add_lora, has_lora, merge_lora
-from nsam.train.model import NucleusNet, needed
+from nsam.train.mobile_sam import download_mobile_sam, load_mobile_sam
+from nsam.train.model import NucleusNet
 from nsam.train.sam_onnx import read_sam_onnx
 from nsam.train.settings import Settings
-
-MOBILE_SAM_URL = "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/master/weights/mobile_sam.pt"
-MOBILE_SAM_SHA256 = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f"
-
-DEFAULT_MODEL = Path(nsam.runtime.__file__).parent / "default_model"
-
-#: MobileSAM's names -> ours, tried in this order at the start of a key.
-_RENAMED = (
-    ("image_encoder.neck.", "encoder.neck."),
-    ("image_encoder.patch_embed.seq.0.", "encoder.vit.patch_embed.conv1."),
-    ("image_encoder.patch_embed.seq.2.", "encoder.vit.patch_embed.conv2."),
-    ("image_encoder.norm_head.", "encoder.vit.head.norm."),
-    ("image_encoder.head.", "encoder.vit.head.fc."),
-    ("image_encoder.layers.", "encoder.vit.stages."),
-)
-
-
-#: Parts that MobileSAM does not have.
-_OWN = ("detail.", "tokens.")
 
 
 def build_model(settings: Settings) -> tuple[NucleusNet, str]:
@@ -78,7 +60,7 @@ def load_base(model: NucleusNet, base: str) -> None:
         ModelError: see `build_model`.
     """
     if base == "mobile_sam":
-        path = _download()
+        path = download_mobile_sam()
     else:
         path = DEFAULT_MODEL if base == "default" else Path(base)
         if (path / "card.json").is_file():
@@ -103,43 +85,6 @@ def load_base(model: NucleusNet, base: str) -> None:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelError(f"`{path}`: a plain state dict is wanted; this file holds something else")
     load_mobile_sam(model, state, str(path))
-
-
-def load_mobile_sam(model: NucleusNet, state: dict[str, Tensor], source: str = "mobile_sam") -> None:
-    """Load a MobileSAM state dict; what SAM does not have keeps its start.
-
-    Raises:
-        ModelError: names or shapes are not MobileSAM's.
-    """
-    renamed = {rename_mobile_sam(name): value for name, value in state.items()}
-    wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(_OWN)}
-    # Index tables are buffers that the encoder makes itself.
-    extra = [n for n in renamed.keys() - wanted.keys() if not n.endswith("attention_bias_idxs")]
-    missing = needed(wanted.keys() - renamed.keys())
-    other = [n for n in renamed.keys() & wanted.keys() if renamed[n].shape != wanted[n].shape]
-    for what, names in (("unknown", extra), ("missing", missing), ("of another shape", other)):
-        if names:
-            raise ModelError(
-                f"`{source}`: not MobileSAM's architecture; {len(names)} weights are {what}, "
-                f"such as `{sorted(names)[0]}`"
-            )
-    model.load_state_dict({n: v for n, v in renamed.items() if n in wanted}, strict=False)
-
-
-def rename_mobile_sam(name: str) -> str:
-    """A key of MobileSAM's state dict -> the same weight's name in `NucleusNet`."""
-    for old, new in _RENAMED:
-        if name.startswith(old):
-            name = new + name[len(old) :]
-            break
-    if name.startswith("encoder.vit."):
-        name = name.replace(".c.", ".conv.")
-        parts = name.split(".")
-        # timm counts a downsampling to the stage that it leads into.
-        if len(parts) > 4 and parts[2] == "stages" and parts[4] == "downsample":
-            parts[3] = str(int(parts[3]) + 1)
-            name = ".".join(parts)
-    return name
 
 
 def trained_state(model: nn.Module, base: str) -> dict[str, Tensor]:
@@ -187,7 +132,7 @@ def load_fold(fold_dir: Path) -> tuple[NucleusNet, Settings]:
     for path in (config, best):
         if not path.is_file():
             raise ModelError(f"`{path}`: missing; name a fold of a run made by nsam-train, such as RUN/fold0")
-    settings = read_settings(config)
+    settings = of_fold(read_settings(config), fold_dir.name)
     model, base_hash = build_model(settings)
     try:
         with safe_open(best, "pt") as stream:
@@ -241,16 +186,3 @@ def _state_of(model: NucleusNet) -> dict[str, Tensor]:
     if has_lora(model):
         merge_lora(model)
     return model.state_dict()
-
-
-def _download() -> Path:
-    try:
-        return Path(
-            pooch.retrieve(MOBILE_SAM_URL, MOBILE_SAM_SHA256, fname="mobile_sam.pt", path=pooch.os_cache("nsam"))
-        )
-    except Exception as error:  # requests, urllib and pooch each have their own
-        raise ModelError(
-            f"`mobile_sam`: cannot be downloaded ({type(error).__name__}); get mobile_sam.pt from "
-            "github.com/ChaoningZhang/MobileSAM and pass --base PATH, or train from nothing with "
-            "--base none --tune full"
-        ) from error

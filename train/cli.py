@@ -37,8 +37,8 @@ log = logging.getLogger("nsam")
 @click.option(
     "--base",
     default="mobile_sam",
-    help="mobile_sam (downloaded), a .pt file of it, a folder of its ONNX exports, default (nsam's own), a run's fold, "
-    "an exported model, or none.",
+    help="mobile_sam (downloaded), a .pt file of it, a folder of its ONNX exports, default (nsam's own), a run "
+    "(each fold goes on from that run's own), a run's fold, an exported model, or none.",
 )
 @click.option("--tune", type=click.Choice(["lora", "decoder", "full"]), default="lora", help="What is trained.")
 @click.option("--rank", type=click.IntRange(1), help="LoRA's rank. [recipe: 4]")
@@ -100,6 +100,7 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     from nsam.train.checkpoint import build_model
     from nsam.train.crossval import cross_validate, repeat_tests
     from nsam.train.data import check_distinct, find_extra, find_samples
+    from nsam.train.lineage import of_fold
     from nsam.train.model import parameter_table
     from nsam.train.parallel import join
     from nsam.train.settings import NAMED_BASES, RECIPES, Settings
@@ -132,7 +133,7 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
         return
     if settings.batch % group.size:
         raise ValueError(f"`--batch` must be a multiple of the {group.size} processes, is {settings.batch}")
-    for part, count, trainable in parameter_table(build_model(settings)[0]):
+    for part, count, trainable in parameter_table(build_model(of_fold(settings, which[0]))[0]):
         log.info("%-26s %12s parameters %12s trainable", part, f"{count:,}", f"{trainable:,}")
     cross_validate(
         settings,

@@ -23,6 +23,7 @@ from nsam.train.data import Sample, hash_samples, read_sample
 from nsam.train.evaluate import TorchEngine, report, score_with_progress
 from nsam.train.fit import fit
 from nsam.train.folds import FINAL, Fold, final_fold, make_folds, write_folds
+from nsam.train.lineage import of_fold, refuse_seen
 from nsam.train.pages import write_report
 from nsam.train.parallel import ALONE, Group
 from nsam.train.report import write_summary
@@ -54,10 +55,13 @@ def cross_validate(
 
     Raises:
         OutputError: `out` holds another run, or holds this one and `resume` was not asked for.
-        InputError: an image or its labels cannot be read, or they do not fit together.
+        InputError: an image or its labels cannot be read, they do not fit together, or the base has been trained on a
+            fold's test images.
     """
     deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
     folds = name_folds(settings, samples, extra, which)
+    for name in which:  # the last of them would else be refused after hours
+        refuse_seen(of_fold(settings, name), name, folds[name].test)
     if group.leads:
         claim(out, settings, [*samples, *extra], sources, resume)
         write_folds(folds, out / "folds.csv")
@@ -70,7 +74,7 @@ def cross_validate(
         fold = folds[name]
         say(f"{name}: {len(fold.train)} train, {len(fold.validation)} validation, {len(fold.test)} test images")
         metrics = fit(
-            settings,
+            of_fold(settings, name),
             fold,
             fold_dir,
             device=device,

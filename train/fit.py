@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nsam.train import checkpoint
 from nsam.train.evaluate import TorchEngine, draft_card, report, score_samples, score_with_progress
 from nsam.train.folds import Fold
+from nsam.train.lineage import SEEN_NAME, digest, refuse_seen, seen_by, write_seen
 from nsam.train.losses import map_losses, total
 from nsam.train.optim import Ema, make_optimiser, make_schedule
 from nsam.train.parallel import ALONE, Group
@@ -44,9 +45,10 @@ def fit(
     """Train one fold, choose thresholds on its validation part, score its test part once.
 
     Args:
-        settings: what to do.
+        settings: what to do, of this fold (`lineage.of_fold`).
         fold: disjoint train, validation and test samples.
-        out: the fold's folder: `last.pt`, `best.safetensors`, `history.csv`, `metrics.json` are written into it.
+        out: the fold's folder: `last.pt`, `best.safetensors`, `history.csv`, `seen.txt` and `metrics.json` are written
+            into it.
         device: where to train.
         group: the processes that share the work; all call `fit` alike.
         workers: processes that make views.
@@ -56,7 +58,12 @@ def fit(
 
     Returns:
         What `metrics.json` holds, or None when the deadline came first; nothing where another process leads.
+
+    Raises:
+        InputError: the base has been trained on test images of this fold.
+        ModelError: the base cannot be had, or is not that of the checkpoint to go on from.
     """
+    refuse_seen(settings, out.name, fold.test)
     out.mkdir(parents=True, exist_ok=True)
     model, base_hash = checkpoint.build_model(settings)
     model.to(device)
@@ -81,6 +88,9 @@ def fit(
         torch.set_rng_state(saved["rng"].cpu())
         say(f"resumed at step {step} of {steps}")
 
+    if group.leads:
+        own = (digest(sample.image) for sample in (*fold.train, *fold.validation))
+        write_seen(out / SEEN_NAME, seen_by(settings.base).union(own))
     views = Views(fold.train, settings, steps * settings.batch)
     stream = batches(views, settings.batch, step, workers, group)
     network = group.spread(model)

@@ -1,0 +1,78 @@
+"""Where a fold's network comes from: its base, and every image that has trained either."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from nsam.runtime.card import ModelCard
+from nsam.runtime.engines import DEFAULT_MODEL
+from nsam.runtime.errors import InputError, ModelError
+from nsam.train.data import Sample
+from nsam.train.settings import Settings
+
+#: Beside a network's weights, in a fold's folder and in a model's: a line for each image in the training or validation
+#: part of it or of its bases.
+SEEN_NAME = "seen.txt"
+
+
+def of_fold(settings: Settings, name: str) -> Settings:
+    """The settings of one fold: where `base` is a whole run, the fold's own base is that run's fold of its name."""
+    if settings.base and (Path(settings.base) / "config.json").is_file():
+        return replace(settings, base=str(Path(settings.base) / name))
+    return settings
+
+
+def digest(image: Path) -> str:
+    """64 bits of the SHA-256 of an image's file, as hex: the same image under any name.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        return hashlib.sha256(image.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise InputError(f"`{image}`: cannot be read ({error.strerror})") from error
+
+
+def seen_by(base: str) -> frozenset[str]:
+    """Digests of the images that a base has been trained on; none for SAM's weights, which saw no labelled nuclei.
+
+    Raises:
+        ModelError: a run's fold or an exported model does not say.
+    """
+    path = DEFAULT_MODEL if base == "default" else Path(base)
+    if (path / "card.json").is_file():
+        record = ModelCard.read(path).verify_file(path, SEEN_NAME)
+    elif (path.parent / "config.json").is_file():
+        record = path / SEEN_NAME
+        if not record.is_file():
+            raise ModelError(f"`{record}`: missing; without it nobody knows which images this base has been trained on")
+    else:
+        return frozenset()
+    return frozenset(record.read_text(encoding="ascii").split())
+
+
+def refuse_seen(settings: Settings, name: str, test: Sequence[Sample]) -> None:
+    """See that a fold's base, as `of_fold` gives it, has not been trained on the fold's test images.
+
+    Raises:
+        InputError: it has, so that their figures would say nothing of images that it has not seen.
+        ModelError: as `seen_by`.
+    """
+    seen = seen_by(settings.base)
+    found = sum(digest(sample.image) in seen for sample in test) if seen else 0
+    if found:
+        raise InputError(
+            f"`--base {settings.base}`: has been trained on {found} of the {len(test)} test images of {name}; begin "
+            "with a base that has not, such as the same fold of a whole run (--base RUN), or train --fold final"
+        )
+
+
+def write_seen(path: Path, digests: Iterable[str]) -> None:
+    """Write what `seen_by` reads."""
+    part = path.with_suffix(".part")
+    part.write_text("".join(f"{line}\n" for line in sorted(digests)), encoding="ascii")
+    part.replace(path)
