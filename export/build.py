@@ -79,17 +79,14 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
 
 def _draft(settings: Settings, trained: Trained, metrics: dict[str, Any]) -> ModelCard:
     """The run's card, with the scale and the tiles that were asked for."""
-    card = draft_card(trained, PostSpec(**metrics["post"]))
-    mpp = settings.mpp or card.input.mpp
-    if not trained.mpp / 2 <= mpp <= 2 * trained.mpp:
-        raise InputError(f"`--mpp` must be near the {trained.mpp:g} µm/px at which the run learnt, is {mpp:g}")
+    card = draft_card(trained, PostSpec(**metrics["post"])).shown_at(settings.mpp)
     sizes = tuple(sorted(set(settings.tile))) or card.input.sizes
     halo = card.post.tile_halo_px if settings.tile_halo is None else settings.tile_halo
     if sizes[0] <= 2 * halo:
         raise InputError(f"`--tile-halo` must be less than half a tile of {sizes[0]} px, is {halo}")
     if len(sizes) > 1 and any(size % WINDOW for size in sizes):
         raise InputError(f"`--tile`: several sizes must be multiples of {WINDOW}, are {sizes}")
-    return replace(card, input=replace(card.input, sizes=sizes, mpp=mpp), post=replace(card.post, tile_halo_px=halo))
+    return replace(card, input=replace(card.input, sizes=sizes), post=replace(card.post, tile_halo_px=halo))
 
 
 def _build_in(

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nsam.runtime.files import output_errors, write_bytes
 from nsam.runtime.measure import Nucleus
-from nsam.runtime.writers import output_errors, write_bytes
 
 FOLDER = "bands.part"  # no result: it goes when the results are there
 

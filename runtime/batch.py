@@ -18,6 +18,7 @@ import click
 
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import OutputError
+from nsam.runtime.files import output_errors, write_text
 from nsam.runtime.inputs import Source, find_slides, folder_names
 from nsam.runtime.job import Job, to_json
 from nsam.runtime.outcome import Outcome
@@ -26,7 +27,6 @@ from nsam.runtime.report import report_at_end
 from nsam.runtime.results import UNREADABLE, read_failures
 from nsam.runtime.settings import Settings
 from nsam.runtime.sinks import check_parquet
-from nsam.runtime.writers import output_errors, write_text
 
 _LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "tifffile", "openslide-python")
 

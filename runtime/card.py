@@ -128,6 +128,21 @@ class ModelCard:
                 f"{sizes[0]} px, is {halo}"
             )
 
+    def shown_at(self, mpp: float | None) -> ModelCard:
+        """The card of a network that is shown tissue at another scale than its own, µm/px; None: its own.
+
+        Raises:
+            ModelError: the scale is beyond half or twice its own.
+        """
+        own = self.input.mpp
+        if mpp is None:
+            return self
+        if not own / 2 <= mpp <= 2 * own:
+            raise ModelError(
+                f"{mpp:g} µm/px: too far from the {own:g} of this network; give it {own / 2:g} to {2 * own:g}"
+            )
+        return dataclasses.replace(self, input=dataclasses.replace(self.input, mpp=mpp))
+
     def to_json(self) -> str:
         """The card as JSON text with a final newline, keys in the order of the fields."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"

@@ -81,18 +81,7 @@ def read_card(model_dir: Path | None = None, network_mpp: float | None = None) -
     Raises:
         ModelError: it is missing or broken, or the scale is beyond half or twice its own.
     """
-    return _at_scale(ModelCard.read(model_dir or DEFAULT_MODEL), network_mpp)
-
-
-def _at_scale(card: ModelCard, network_mpp: float | None) -> ModelCard:
-    if network_mpp is None:
-        return card
-    own = card.input.mpp
-    if not own / 2 <= network_mpp <= 2 * own:
-        raise ModelError(
-            f"`--network-mpp {network_mpp:g}`: this model learnt at {own:g} µm/px; give {own / 2:g} to {2 * own:g}"
-        )
-    return dataclasses.replace(card, input=dataclasses.replace(card.input, mpp=network_mpp))
+    return ModelCard.read(model_dir or DEFAULT_MODEL).shown_at(network_mpp)
 
 
 def load(
@@ -120,7 +109,7 @@ def load(
     """
     model_dir = model_dir or DEFAULT_MODEL
     card = read_card(model_dir)
-    seen = _at_scale(card, network_mpp)
+    seen = card.shown_at(network_mpp)
     missed: list[str] = []
     for name in AUTO if device == "auto" else (device,):
         try:

@@ -20,6 +20,7 @@ from nsam.runtime.bands import FOLDER as BANDS
 from nsam.runtime.bands import BandStore
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import InputError, OutputError
+from nsam.runtime.files import write_text
 from nsam.runtime.frame import Frame
 from nsam.runtime.inputs import Source
 from nsam.runtime.lock import alone
@@ -29,7 +30,7 @@ from nsam.runtime.region import Region
 from nsam.runtime.results import read_json
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, RESULT_NAMES, Settings
 from nsam.runtime.slides import Slide, open_slide
-from nsam.runtime.writers import write_results, write_text
+from nsam.runtime.writers import write_results
 
 _log = logging.getLogger(__name__)
 

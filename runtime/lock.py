@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nsam.runtime.errors import OutputError
-from nsam.runtime.writers import output_errors
+from nsam.runtime.files import output_errors
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from urllib.parse import quote
 import click
 
 from nsam.runtime.errors import OutputError
+from nsam.runtime.files import write_text
 from nsam.runtime.results import UNREADABLE, SlideResult, as_dict, read_failures, read_json
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
-from nsam.runtime.writers import write_text
 
 REPORT_NAME = "report.html"
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from nsam.runtime.card import ModelCard, sha256_of
 from nsam.runtime.engines import Engine, check_tensors
-from nsam.runtime.errors import DeviceError
+from nsam.runtime.errors import DeviceError, OutputError
+from nsam.runtime.files import output_errors, write_bytes, write_text
 
 _log = logging.getLogger(__name__)
 
@@ -119,14 +120,15 @@ def plan_for(path: Path, size: int, batches: list[int], trt: Any, sm: int, gpu: 
     _log.warning("building an engine for %s with TensorRT %s; this takes minutes, once", gpu, trt.__version__)
     for folder in _homes(path.parent):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            with output_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             cache = folder / f"model.sm{sm}-trt{trt.__version__}.timing"
             content = build_plan(path, size, batches, trt, cache)
-            _write(folder / name, content)
+            write_bytes(folder / name, content)
             about = {"graph_sha256": graph, "sha256": hashlib.sha256(content).hexdigest(), "gpu": gpu}
-            _write(folder / f"{name}.json", (json.dumps(about, indent=2) + "\n").encode())
-        except OSError as error:
-            _log.warning("`%s`: cannot hold the engine (%s)", folder, error.strerror or error)
+            write_text(folder / f"{name}.json", json.dumps(about, indent=2) + "\n")
+        except OutputError as error:
+            _log.warning("%s; the engine needs another place", error)
             continue
         return folder / name
     raise DeviceError(f"`{path.parent}`: neither it nor the user's cache can hold the engine")
@@ -165,7 +167,7 @@ def build_plan(path: Path, size: int, batches: list[int], trt: Any, timing_cache
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise DeviceError(f"`{path}`: TensorRT {trt.__version__} cannot build an engine of it; -v shows its log")
-    _write(timing_cache, bytes(config.get_timing_cache().serialize()))
+    write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
     return bytes(plan)
 
 
@@ -227,9 +229,3 @@ def _read_about(plan: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return about if isinstance(about, dict) else {}
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)

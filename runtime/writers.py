@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import secrets
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsam.runtime.canvas import Strip
-from nsam.runtime.errors import OutputError
+from nsam.runtime.files import output_errors, part_of
 from nsam.runtime.outlines import simplified_rings
 from nsam.runtime.pictures import Density, overlay_sink, write_heatmap, write_thumbnail
 from nsam.runtime.region import Region
@@ -56,8 +55,8 @@ def write_results(
         OutputError: disk full, no permission and the like.
         Exception: whatever `strips` raises. Nothing half-written is left in either case.
     """
-    parts = {name: _part(folder / OUTPUTS[name]) for name in outputs}
-    labels = _part(folder / OUTPUTS["labels"])
+    parts = {name: part_of(folder / OUTPUTS[name]) for name in outputs}
+    labels = part_of(folder / OUTPUTS["labels"])
     size_wh, name = slide.size_wh, slide.path.name
     areas, density, cut = array("d"), Density(size_wh, mpp), 0
 
@@ -84,7 +83,7 @@ def write_results(
     }
     with output_errors(folder), ExitStack() as cleanup:
         folder.mkdir(parents=True, exist_ok=True)
-        thumbnail = _part(folder / THUMBNAIL_NAME)
+        thumbnail = part_of(folder / THUMBNAIL_NAME)
         for part in (*parts.values(), labels, thumbnail):
             cleanup.callback(part.unlink, missing_ok=True)
         with ExitStack() as files:
@@ -118,39 +117,3 @@ def _summary(areas: NDArray[np.float64], density: Density) -> dict[str, Any]:
             "histogram": np.bincount(bins, minlength=_BINS).tolist(),
         },
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small UTF-8 file in one step.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    write_bytes(path, text.encode(errors="backslashreplace"))  # names of files may be no UTF-8
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file in one step.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    # A name of its own: several runs may share a folder, and with it the files that tell of all of it.
-    part = _part(path.with_name(f"{path.name}.{secrets.token_hex(4)}"))
-    with output_errors(path), ExitStack() as cleanup:
-        cleanup.callback(part.unlink, missing_ok=True)
-        part.write_bytes(content)
-        os.replace(part, path)
-
-
-@contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Tell the system's refusals to write as an OutputError about `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"`{path}`: cannot be written ({error.strerror or error})") from error
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")

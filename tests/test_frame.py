@@ -79,7 +79,7 @@ def test_another_scale_for_the_network(tiny_model: Path, tmp_path: Path, draw_di
     )
     for name in ("x_px", "y_px", "area_um2"):
         np.testing.assert_allclose(coarse[name], fine[name], rtol=0.05)
-    with pytest.raises(ModelError, match=r"`--network-mpp 0.6`: this model learnt at 0.25 µm/px; give 0.125 to 0.5"):
+    with pytest.raises(ModelError, match=r"0.6 µm/px: too far from the 0.25 of this network; give it 0.125 to 0.5"):
         load(tiny_model, "cpu", network_mpp=0.6)
 
 

@@ -74,14 +74,14 @@ def test_an_engine_is_built_once_for_each_gpu_and_version(model: Path, monkeypat
 def test_a_folder_that_cannot_be_written(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     install(monkeypatch)
-    write = tensorrt_engine._write
+    write = Path.write_bytes
 
-    def refuse(path: Path, content: bytes) -> None:
+    def refuse(path: Path, content: bytes) -> int:
         if path.parent == model:
             raise OSError(30, "Read-only file system")
-        write(path, content)
+        return write(path, content)
 
-    monkeypatch.setattr(tensorrt_engine, "_write", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
     load(model, "tensorrt")
     assert len(list((tmp_path / "cache").rglob("*.plan"))) == 1
     assert not list(model.glob("*.plan"))

@@ -333,6 +333,28 @@ def test_wrong_use_is_one_line(tmp_path: Path, discs: Path, options: list[str], 
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+def test_a_disk_that_refuses_is_one_line(tmp_path: Path, discs: Path) -> None:
+    (tmp_path / "fold0" / "last.pt").mkdir(parents=True)
+    (tmp_path / "fold0" / "last.pt.1234.part").touch()  # what a kill left
+    options = ["--base", "none", "--tune", "full", "--fold", "0", "--crop", "32", "--batch", "2", "--steps", "1"]
+    result = CliRunner().invoke(main, [str(discs), "--out", str(tmp_path), *options, "--workers", "0"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"nsam-train: `{tmp_path / 'fold0' / 'last.pt'}`: cannot be written (")
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_too_little_memory_is_one_line(tmp_path: Path, discs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("nsam.train.crossval.fit", refuse)
+    command = [str(discs), "--out", str(tmp_path), "--base", "none", "--fold", "0"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == ["nsam-train: out of memory; give a smaller --batch, and another --out"]
+    assert isinstance(CliRunner().invoke(main, [*command, "--resume", "-v"]).exception, torch.OutOfMemoryError)
+
+
 def test_a_run_is_not_overwritten_or_mixed(tmp_path: Path, discs: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"settings": {**TINY.__dict__, "channels": ["nucleus"]}, "data": {"sha256": ""}})

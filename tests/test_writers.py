@@ -22,11 +22,12 @@ from PIL import Image
 from nsam.runtime import sinks, tiffs
 from nsam.runtime.canvas import Strip
 from nsam.runtime.errors import OutputError
+from nsam.runtime.files import write_text
 from nsam.runtime.measure import measure
 from nsam.runtime.outlines import simplified_rings
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
 from nsam.runtime.slides import ArraySlide
-from nsam.runtime.writers import write_results, write_text
+from nsam.runtime.writers import write_results
 
 MPP = 0.5
 WIDTH, HEIGHT = 700, 1100  # more than one tile of the label TIFF both ways

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nsam.runtime.engines import DEFAULT_MODEL
 from nsam.runtime.errors import ModelError
+from nsam.runtime.files import write_bytes
 from nsam.train.exported import load_exported
 from nsam.train.lineage import of_fold
 from nsam.train.lora import add_lora, has_lora, merge_lora
@@ -100,9 +101,7 @@ def trained_state(model: nn.Module, base: str) -> dict[str, Tensor]:
 
 def save_fold(path: Path, state: dict[str, Tensor], base_hash: str) -> None:
     """Write trained weights with the hash of the base that they belong to."""
-    part = path.with_suffix(".part")
-    part.write_bytes(save(state, metadata={"base_hash": base_hash}))  # `save_file` lets only its user read
-    part.replace(path)
+    write_bytes(path, save(state, metadata={"base_hash": base_hash}))  # `save_file` lets only its user read
 
 
 def read_last(path: Path, base_hash: str, device: torch.device) -> dict[str, Any]:

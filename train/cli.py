@@ -86,6 +86,11 @@ def main(data: Path, out: Path, verbose: bool, **options: Any) -> None:
             raise
         click.echo(f"nsam-train: {error}", err=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if verbose or not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        click.echo("nsam-train: out of memory; give a smaller --batch, and another --out", err=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         click.echo("nsam-train: interrupted; --resume goes on from the last checkpoint", err=True)
         sys.exit(130)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import time
@@ -18,6 +17,7 @@ import torch
 
 from nsam.runtime.card import PostSpec
 from nsam.runtime.errors import InputError, ModelError, OutputError
+from nsam.runtime.files import output_errors, write_text
 from nsam.train.checkpoint import read_settings
 from nsam.train.data import Sample, hash_samples, read_sample
 from nsam.train.evaluate import TorchEngine, report, score_with_progress
@@ -169,14 +169,9 @@ def claim(out: Path, settings: Settings, samples: list[Sample], sources: list[Pa
         for _ in pool.map(read_sample, samples):
             pass
     description = json.dumps(describe(settings, samples, sources), indent=1)
-    try:
+    with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        # Folds may be started side by side, so the file appears whole.
-        part = config.with_suffix(f".{os.getpid()}.part")
-        part.write_text(description, encoding="utf-8")
-        part.replace(config)
-    except OSError as error:
-        raise OutputError(f"`{out}`: cannot be written ({error.strerror}); choose another --out") from error
+    write_text(config, description)
 
 
 def check_data(out: Path, samples: list[Sample]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import ModelError
+from nsam.runtime.files import write_bytes
 from nsam.train.model import UNUSED, NucleusNet, needed
 
 BASE_NAME = "base.safetensors"
@@ -51,7 +52,7 @@ def write_base(model: nn.Module, graph: Path, path: Path) -> None:
         if name not in found:
             rest[name] = value.detach().cpu().to(torch.float16 if half and value.ndim > 1 else torch.float32)
     content = save({name: value.contiguous() for name, value in rest.items()}, {"initializers": json.dumps(found)})
-    path.write_bytes(content)  # `save_file` lets only its user read
+    write_bytes(path, content)  # `save_file` lets only its user read
 
 
 def load_exported(model: NucleusNet, model_dir: Path) -> None:

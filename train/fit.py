@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nsam.runtime.files import output_errors, write_bytes, write_text
 from nsam.train import checkpoint
 from nsam.train.evaluate import TorchEngine, draft_card, report, score_samples, score_with_progress
 from nsam.train.folds import Fold
@@ -62,9 +64,13 @@ def fit(
     Raises:
         InputError: the base has been trained on test images of this fold.
         ModelError: the base cannot be had, or is not that of the checkpoint to go on from.
+        OutputError: `out` cannot be written; what it held before stays.
     """
     refuse_seen(settings, out.name, fold.test)
-    out.mkdir(parents=True, exist_ok=True)
+    with output_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for part in out.glob("*.part") if group.leads else ():  # what a kill left
+            part.unlink()
     model, base_hash = checkpoint.build_model(settings)
     model.to(device)
     optimiser = make_optimiser(model, settings)
@@ -153,8 +159,9 @@ def fit(
                 "history": history,
                 "minutes": (time.monotonic() - began) / 60,
             }
-            torch.save(state, last.with_suffix(".part"))
-            last.with_suffix(".part").replace(last)
+            content = io.BytesIO()
+            torch.save(state, content)
+            write_bytes(last, content.getbuffer())
             write_history(history, out / "history.csv")
         if group.agrees(time.monotonic() > deadline) and step < steps:
             say(f"time is up at step {step} of {steps}; --resume goes on from there")
@@ -179,9 +186,7 @@ def finish(
     say(f"thresholds from {len(fold.validation)} validation images: {post}, (AJI + PQ) / 2 {reached:.3f}")
     scored = score_with_progress(fold.test, engine.with_post(post), say)
     metrics = {"post": asdict(post), "minutes": round(minutes, 1), "steps": step, **report(scored)}
-    part = out / "metrics.json.part"
-    part.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    part.replace(out / "metrics.json")
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
 
 
@@ -222,9 +227,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
 def write_history(history: list[dict[str, float]], path: Path) -> None:
     """`history.csv`: a row for every 50 steps; `validation` where it was measured."""
     names = list(dict.fromkeys(name for row in history for name in row if name != "validation"))
-    part = path.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [*names, "validation"], restval="")
-        writer.writeheader()
-        writer.writerows(history)
-    part.replace(path)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, [*names, "validation"], restval="")
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(path, table.getvalue())

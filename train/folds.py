@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from sklearn.model_selection import GroupKFold, KFold
 
 from nsam.runtime.errors import InputError
+from nsam.runtime.files import write_text
 from nsam.train.data import Sample
 
 FOLDS = 5
@@ -81,9 +83,10 @@ def _set_aside(samples: list[Sample], share: float, seed: int) -> tuple[list[Sam
 
 def write_folds(folds: dict[str, Fold], path: Path) -> None:
     """`folds.csv`: fold, part, image, group, and µm per px."""
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["fold", "part", "image", "group", "mpp"])
-        for name, fold in folds.items():
-            for part in ("train", "validation", "test"):
-                writer.writerows([name, part, s.name, s.group, s.mpp] for s in getattr(fold, part))
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["fold", "part", "image", "group", "mpp"])
+    for name, fold in folds.items():
+        for part in ("train", "validation", "test"):
+            writer.writerows([name, part, s.name, s.group, s.mpp] for s in getattr(fold, part))
+    write_text(path, table.getvalue())

@@ -10,6 +10,7 @@ from pathlib import Path
 from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import DEFAULT_MODEL
 from nsam.runtime.errors import InputError, ModelError
+from nsam.runtime.files import write_text
 from nsam.train.data import Sample
 from nsam.train.settings import Settings
 
@@ -73,6 +74,4 @@ def refuse_seen(settings: Settings, name: str, test: Sequence[Sample]) -> None:
 
 def write_seen(path: Path, digests: Iterable[str]) -> None:
     """Write what `seen_by` reads."""
-    part = path.with_suffix(".part")
-    part.write_text("".join(f"{line}\n" for line in sorted(digests)), encoding="ascii")
-    part.replace(path)
+    write_text(path, "".join(f"{line}\n" for line in sorted(digests)))

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from nsam.runtime.card import PostSpec
+from nsam.runtime.files import write_text
 from nsam.train.data import Sample, read_sample
 from nsam.train.evaluate import TorchEngine, segment_sample
 from nsam.train.report import TITLES
@@ -57,9 +58,7 @@ def write_report(run: Path, samples: list[Sample], device: torch.device) -> None
         *_overlays(run, folds, {sample.name: sample for sample in samples}, device),
     ]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>nsam: {html.escape(run.resolve().name)}</title>"
-    part = run / "report.html.part"
-    part.write_text(f"{page}<style>{_STYLE}</style>" + "\n".join(parts) + "</html>\n", encoding="utf-8")
-    part.replace(run / "report.html")
+    write_text(run / "report.html", f"{page}<style>{_STYLE}</style>" + "\n".join(parts) + "</html>\n")
 
 
 def _table(folds: dict[str, Any], kind: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nsam.runtime.files import write_text
 from nsam.runtime.metrics import NAMES
 
 TITLES = dict(zip(NAMES, ("Dice", "AJI", "AJI+", "PQ", "SQ", "DQ", "F1"), strict=True))
@@ -38,7 +39,7 @@ def write_summary(run: Path) -> None:
     for organ, rows in sorted(by_organ.items()):
         means = (f"{np.mean([row[metric] for row in rows]):.4f}" for metric in NAMES)
         lines.append(_row(organ, len(rows), *means))
-    (run / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(run / "summary.md", "\n".join(lines) + "\n")
 
 
 def _row(*cells: object) -> str:
