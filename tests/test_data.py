@@ -106,8 +106,11 @@ def test_an_image_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     make_pair(tmp_path)
     own = find_samples(tmp_path)
     check_distinct(own)
-    with pytest.raises(InputError, match="the same file"):
+    with pytest.raises(InputError, match="the same image"):
         check_distinct([*own, *find_extra(tmp_path)])
+    make_pair(tmp_path, "copy")
+    with pytest.raises(InputError, match=r"copy\.png`: is the same image as .*a\.png"):
+        check_distinct(find_samples(tmp_path))
     (tmp_path / "a" / "he").mkdir(parents=True)
     (tmp_path / "b" / "he").mkdir(parents=True)
     for site in "ab":
@@ -130,7 +133,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
 
 
 def samples(count: int = 50) -> list[Sample]:
-    return [Sample(Path(), Path(), f"{i:03}", f"organ{i % 7}", 0.17) for i in range(count)]
+    return [Sample(Path(), Path(), f"{i:03}", f"organ{i % 7}", 0.17, Path("own")) for i in range(count)]
 
 
 @pytest.mark.parametrize("kind", ["official", "organ"])
@@ -146,7 +149,7 @@ def test_folds_are_disjoint_and_each_image_is_tested_once(kind: str) -> None:
 
 
 def test_other_sources_help_and_are_never_tested() -> None:
-    extra = [Sample(Path(), Path(), f"other/{i}", "other", 0.25) for i in range(20)]
+    extra = [Sample(Path(), Path(), f"other/{i}", "other", 0.25, Path("other")) for i in range(20)]
     plain, mixed = make_folds(samples()), make_folds(samples(), extra=extra)
     for a, b in zip(plain, mixed, strict=True):
         assert a.test == b.test
@@ -157,6 +160,20 @@ def test_other_sources_help_and_are_never_tested() -> None:
     final = final_fold(samples(), extra=extra)
     assert (len(final.train), len(final.validation), len(final.test)) == (63, 7, 0)
     assert set(final.train) | set(final.validation) == {*samples(), *extra}
+
+
+def test_each_source_is_tested_by_the_others() -> None:
+    other, third = (
+        [Sample(Path(), Path(), f"{name}/{i}", name, 0.25, Path(name)) for i in range(20)] for name in ("b", "c")
+    )
+    folds = make_folds(samples(), "source", extra=[*other, *third])
+    assert [fold.test for fold in folds] == [samples(), other, third]
+    for fold, (train, validation) in zip(folds, ((36, 4), (63, 7), (63, 7)), strict=True):
+        assert (len(fold.train), len(fold.validation)) == (train, validation)
+        assert set(fold.train) | set(fold.validation) == {*samples(), *other, *third} - set(fold.test)
+        assert not set(fold.train) & set(fold.validation)
+    with pytest.raises(InputError, match="name others by --extra"):
+        make_folds(samples(), "source")
 
 
 def test_names_of_two_sources_do_not_mix(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import InputError
 from nsam.runtime.metrics import mean_and_pooled, score
 from nsam.train.checkpoint import build_model
-from nsam.train.data import find_extra, find_samples, read_sample
+from nsam.train.data import digest, find_extra, find_samples, read_sample
 from nsam.train.folds import make_folds
-from nsam.train.lineage import digest, refuse_seen, seen_by
+from nsam.train.lineage import refuse_seen, seen_by
 from nsam.train.settings import NSAM
 
 MODEL = Path(nsam.runtime.__file__).parent / "default_model"

@@ -239,9 +239,7 @@ def test_what_cannot_be_exported_is_one_line(run: Path, model_dir: Path, small_d
     (tmp_path / "labels").mkdir()
     assert "no images in it" in fails(fold, "--out", str(tmp_path / "m"), "--data", str(tmp_path))
     assert "`--tile` must be a multiple of 16, is 100" in fails(fold, "--out", str(tmp_path / "m"), "--tile", "100")
-    assert "too far from the 0.25 of this network" in fails(
-        fold, "--out", str(tmp_path / "m"), "--mpp", "0.6"
-    )
+    assert "too far from the 0.25 of this network" in fails(fold, "--out", str(tmp_path / "m"), "--mpp", "0.6")
     assert "less than half a tile of 224 px, is 224" in fails(fold, "--out", str(tmp_path / "m"), "--tile-halo", "224")
 
 

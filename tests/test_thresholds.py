@@ -26,7 +26,7 @@ def test_pale_things_that_nobody_annotated_are_told_by_their_probability(
     image[draw_discs((256, 256), pale, 12) < 255] = 149  # the model's border lies at 157.5: a probability of .85
     Image.fromarray(image).save(tmp_path / "a.png")
     tifffile.imwrite(tmp_path / "a.tif", labels)
-    sample = Sample(tmp_path / "a.png", tmp_path / "a.tif", "a.png", "a", 0.25)
+    sample = Sample(tmp_path / "a.png", tmp_path / "a.tif", "a.png", "a", 0.25, tmp_path)
     engine: Any = load(tiny_model, "cpu", threads=1)
     post, reached = choose_post([sample], engine)
     assert post.min_probability >= 0.85

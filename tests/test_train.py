@@ -19,7 +19,7 @@ import pytest
 import tifffile
 import torch
 from click.testing import CliRunner, Result
-from PIL import Image
+from PIL import Image, ImageOps
 
 from nsam.runtime.errors import ModelError
 from nsam.train.checkpoint import build_model, load_fold
@@ -267,6 +267,26 @@ def test_no_base_has_seen_the_images_that_test_it(tmp_path: Path, discs: Path) -
     result = run("missing", first, "2")
     assert result.exit_code == 2
     assert "fold2" in result.stderr
+
+
+def test_a_source_is_tested_by_a_network_of_another(tmp_path: Path, discs: Path) -> None:
+    for part in ("images", "labels"):
+        (tmp_path / "other" / part).mkdir(parents=True)
+    for i in range(10):  # mirrored: the same image twice would be refused
+        image = Image.open(discs / "images" / f"{i}.png")
+        ImageOps.mirror(image).save(tmp_path / "other" / "images" / f"{i}.png")
+        labels = tifffile.imread(discs / "labels" / f"{i}.tif")
+        tifffile.imwrite(tmp_path / "other" / "labels" / f"{i}.tif", labels[:, ::-1])
+    options = ["--base", "none", "--tune", "full", "--crop", "32", "--batch", "2", "--steps", "1", "--workers", "0"]
+    command = [str(discs), "--extra", str(tmp_path / "other"), "--out", str(tmp_path / "out"), *options]
+    command += ["--folds", "source"]
+    assert "`--fold` must be 0 to 1" in CliRunner().invoke(main, [*command, "--fold", "2"]).stderr
+    result = CliRunner().invoke(main, [*command, "--fold", "1"])
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "out" / "fold1" / "metrics.json").read_text())
+    assert sorted(metrics["per_image"]) == [f"other/images/{i}.png" for i in range(10)]
+    assert (tmp_path / "out" / "fold1" / SEEN_NAME).read_text().count("\n") == 10
+    assert "other/images/" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_two_processes_train_one_fold(tmp_path: Path, discs: Path) -> None:

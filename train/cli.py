@@ -23,16 +23,17 @@ log = logging.getLogger("nsam")
     "--extra",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="A folder of another source, whose images help to train every fold and are never tested. Repeatable.",
+    help="A folder of another source, whose images help to train every fold; only --folds source tests it. Repeatable.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 @click.option("--recipe", type=click.Choice(["nsam", "seed"]), default="nsam", help="`seed` is the original study's.")
-@click.option("--fold", default="all", help="0 to 4, all five, or final: a model of all images, none tested.")
+@click.option("--fold", default="all", help="One fold's number, all, or final: a model of all images, none tested.")
 @click.option(
     "--folds",
-    type=click.Choice(["official", "organ"]),
+    type=click.Choice(["official", "organ", "source"]),
     default="official",
-    help="NuInsSeg's own split, or one that keeps each organ's images together.",
+    help="NuInsSeg's own split, one that keeps each organ's images together, or each source (DATA is 0, the first "
+    "--extra 1, ...) tested by a network of the others.",
 )
 @click.option(
     "--base",
@@ -105,6 +106,7 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     from nsam.train.checkpoint import build_model
     from nsam.train.crossval import cross_validate, repeat_tests
     from nsam.train.data import check_distinct, find_extra, find_samples
+    from nsam.train.folds import FOLDS
     from nsam.train.lineage import of_fold
     from nsam.train.model import parameter_table
     from nsam.train.parallel import join
@@ -115,7 +117,7 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     if chosen["base"] not in NAMED_BASES and Path(chosen["base"]).exists():
         chosen["base"] = str(Path(chosen["base"]).resolve())  # the run may be resumed and exported from elsewhere
     settings = replace(RECIPES[options["recipe"]], **chosen)
-    which = parse_folds(options["fold"])
+    which = parse_folds(options["fold"], 1 + len(options["extra"]) if settings.folds == "source" else FOLDS)
     device = pick_device(options["device"])
     if options["threads"]:
         torch.set_num_threads(options["threads"])
@@ -156,20 +158,20 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     )
 
 
-def parse_folds(text: str) -> list[str]:
-    """`all`, `final` or one fold's number -> names of folds.
+def parse_folds(text: str, count: int) -> list[str]:
+    """`all`, `final` or the number of one of `count` folds -> names of folds.
 
     Raises:
         NsamError: anything else.
     """
-    from nsam.train.folds import FINAL, FOLDS
+    from nsam.train.folds import FINAL
 
-    names = {str(k): f"fold{k}" for k in range(FOLDS)}
+    names = {str(k): f"fold{k}" for k in range(count)}
     if text == "all":
         return list(names.values())
     if text == FINAL or text in names:
         return [names.get(text, text)]
-    raise NsamError(f"`--fold` must be 0 to {FOLDS - 1}, all or final, is {text}")
+    raise NsamError(f"`--fold` must be 0 to {count - 1}, all or final, is {text}")
 
 
 def pick_device(name: str) -> Any:

@@ -51,7 +51,8 @@ def cross_validate(
 ) -> bool:
     """Train and score the folds `which` of `samples` into `out`; returns whether all of them are finished.
 
-    Images of `extra` sources help to train and to choose thresholds in every fold; none is tested.
+    Images of `extra` sources help to train and to choose thresholds in every fold; none is tested, unless the folds
+    are of sources.
 
     Raises:
         OutputError: `out` holds another run, or holds this one and `resume` was not asked for.
@@ -93,13 +94,13 @@ def cross_validate(
             say(f"{name}: " + ", ".join(f"{metric} {value:.3f}" for metric, value in metrics["mean"].items()))
     if group.leads:
         write_summary(out)
-        write_report(out, samples, device)
+        write_report(out, [*samples, *extra], device)
     return finished
 
 
 def name_folds(settings: Settings, samples: list[Sample], extra: list[Sample], which: list[str]) -> dict[str, Fold]:
-    """`fold0` to `fold4` and `final`, by the names of their folders; `final` alone where it alone is asked for and
-    images are too few for five.
+    """The folds, `fold0` and on, and `final`, by the names of their folders; `final` alone where it alone is asked for
+    and images are too few for folds.
 
     Raises:
         InputError: too few images, or groups of them.

@@ -38,6 +38,7 @@ class Sample:
     name: str  # POSIX path below the data folder: the order of the official folds
     group: str  # organ, or the folder's name
     mpp: float
+    source: Path  # the folder that all of its source are below
 
 
 def find_samples(root: Path, mpp: float | None = None) -> list[Sample]:
@@ -71,7 +72,7 @@ def find_samples(root: Path, mpp: float | None = None) -> list[Sample]:
         return NUINSSEG_MPP if nuinsseg else _own_mpp(image)
 
     samples = [
-        Sample(image, labels, image.relative_to(root).as_posix(), image.parent.parent.name, scale(image))
+        Sample(image, labels, image.relative_to(root).as_posix(), image.parent.parent.name, scale(image), root)
         for images_dir, labels_dir in pairs
         for image, labels in _match(images_dir, labels_dir)
     ]
@@ -86,22 +87,22 @@ def find_extra(root: Path, mpp: float | None = None) -> list[Sample]:
 
 
 def check_distinct(samples: Sequence[Sample]) -> None:
-    """Refuse images that are there twice: one might train and the other test.
+    """Refuse images that are there twice, by their name or their content: one might train and the other test.
 
     Raises:
-        InputError: naming both.
+        InputError: naming both, or one that cannot be read.
     """
     names: dict[str, Sample] = {}
-    files: dict[Path, Sample] = {}
+    contents: dict[str, Sample] = {}
     for sample in samples:
         twin = names.setdefault(sample.name, sample)
         if twin is not sample:
             raise InputError(
                 f"`{sample.image}`: is called `{sample.name}`, as `{twin.image}` is; rename one of the folders"
             )
-        twin = files.setdefault(sample.image.resolve(), sample)
+        twin = contents.setdefault(digest(sample.image), sample)
         if twin is not sample:
-            raise InputError(f"`{sample.image}`: is the same file as `{twin.image}`; give each source once")
+            raise InputError(f"`{sample.image}`: is the same image as `{twin.image}`; give each once")
 
 
 def _own_mpp(image: Path) -> float:
@@ -185,18 +186,31 @@ def read_labels(path: Path) -> NDArray[np.int32]:
     return labels
 
 
+def digest(image: Path) -> str:
+    """64 bits of the SHA-256 of an image's file, as hex: the same image under any name.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    return hashlib.sha256(_bytes(image)).hexdigest()[:16]
+
+
 def hash_samples(samples: list[Sample]) -> str:
     """SHA-256 over names, scales and the bytes of images and labels: says whether two runs saw the same data.
 
     Raises:
         InputError: a file cannot be read.
     """
-    digest = hashlib.sha256()
+    whole = hashlib.sha256()
     for sample in samples:
-        digest.update(f"{sample.name} {sample.mpp:g} ".encode())
+        whole.update(f"{sample.name} {sample.mpp:g} ".encode())
         for path in (sample.image, sample.labels):
-            try:
-                digest.update(path.read_bytes())
-            except OSError as error:
-                raise InputError(f"`{path}`: cannot be read ({error.strerror})") from error
-    return digest.hexdigest()
+            whole.update(_bytes(path))
+    return whole.hexdigest()
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"`{path}`: cannot be read ({error.strerror})") from error

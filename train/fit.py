@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from nsam.runtime.files import output_errors, write_bytes, write_text
 from nsam.train import checkpoint
+from nsam.train.data import digest
 from nsam.train.evaluate import TorchEngine, draft_card, report, score_samples, score_with_progress
 from nsam.train.folds import Fold
-from nsam.train.lineage import SEEN_NAME, digest, refuse_seen, seen_by, write_seen
+from nsam.train.lineage import SEEN_NAME, refuse_seen, seen_by, write_seen
 from nsam.train.losses import map_losses, total
 from nsam.train.optim import Ema, make_optimiser, make_schedule
 from nsam.train.parallel import ALONE, Group

@@ -33,25 +33,30 @@ class Fold:
 def make_folds(
     samples: list[Sample], kind: str = "official", validation_share: float = 0.1, extra: Sequence[Sample] = ()
 ) -> list[Fold]:
-    """Five folds.
+    """Five folds, or one for each source.
 
     Args:
         samples: sorted by POSIX path, as `find_samples` gives them.
         kind: `official` is KFold(5, shuffle=True, random_state=19), the split of the NuInsSeg paper (Mahbod et al.
-            2024); `organ` keeps an organ's images together, to see tissue that training never saw.
+            2024); `organ` keeps an organ's images together, to see tissue that training never saw; `source` tests each
+            source, that of `samples` first, by a network of the others, to see laboratories that training never saw.
         validation_share: part of the training images set aside, at least one.
-        extra: images of other sources; they are split likewise and join training and validation, never a test part.
+        extra: images of other sources; they are split likewise and join training and validation, never a test part
+            but that of their own source.
 
     Raises:
         ValueError: fewer samples or groups than folds, or an unknown kind.
+        InputError: `source` without another source.
     """
+    if kind == "source":
+        return _leave_one_out(by_source([*samples, *extra]), validation_share)
     indices = np.arange(len(samples))
     if kind == "official":
         splits = KFold(FOLDS, shuffle=True, random_state=OFFICIAL_SEED).split(indices)
     elif kind == "organ":
         splits = GroupKFold(FOLDS).split(indices, groups=[sample.group for sample in samples])
     else:
-        raise ValueError(f"`kind` must be official or organ, is {kind}")
+        raise ValueError(f"`kind` must be official, organ or source, is {kind}")
     folds = []
     for k, (rest, test) in enumerate(splits):
         train, validation = _set_aside([samples[i] for i in rest], validation_share, k)
@@ -73,6 +78,25 @@ def final_fold(samples: list[Sample], validation_share: float = 0.1, extra: Sequ
     if not train:
         raise InputError(f"`{samples[0].name}`: one image cannot train and choose thresholds, too; give two or more")
     return Fold(train, validation, [])
+
+
+def by_source(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples of each source, in the order in which they come."""
+    sources: dict[Path, list[Sample]] = {}
+    for sample in samples:
+        sources.setdefault(sample.source, []).append(sample)
+    return list(sources.values())
+
+
+def _leave_one_out(sources: list[list[Sample]], validation_share: float) -> list[Fold]:
+    if len(sources) < 2:
+        raise InputError("`--folds source`: tests each source by a network of the others; name others by --extra")
+    folds = []
+    for k, test in enumerate(sources):
+        parts = [_set_aside(source, validation_share, k) for source in sources if source is not test]
+        train, validation = ([sample for part in parts for sample in part[i]] for i in (0, 1))
+        folds.append(Fold(train, validation, test))
+    return folds
 
 
 def _set_aside(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import DEFAULT_MODEL
 from nsam.runtime.errors import InputError, ModelError
 from nsam.runtime.files import write_text
-from nsam.train.data import Sample
+from nsam.train.data import Sample, digest
 from nsam.train.settings import Settings
 
 #: Beside a network's weights, in a fold's folder and in a model's: a line for each image in the training or validation
@@ -24,18 +23,6 @@ def of_fold(settings: Settings, name: str) -> Settings:
     if settings.base and (Path(settings.base) / "config.json").is_file():
         return replace(settings, base=str(Path(settings.base) / name))
     return settings
-
-
-def digest(image: Path) -> str:
-    """64 bits of the SHA-256 of an image's file, as hex: the same image under any name.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    try:
-        return hashlib.sha256(image.read_bytes()).hexdigest()[:16]
-    except OSError as error:
-        raise InputError(f"`{image}`: cannot be read ({error.strerror})") from error
 
 
 def seen_by(base: str) -> frozenset[str]:

@@ -56,7 +56,7 @@ class Settings:
         choices = {
             "tune": ("lora", "decoder", "full"),
             "optimiser": ("adam", "adamw"),
-            "folds": ("official", "organ"),
+            "folds": ("official", "organ", "source"),
             "precision": ("auto", "fp32", "fp16", "bf16"),
         }
         for name, allowed in choices.items():
