@@ -266,7 +266,9 @@ def test_no_base_has_seen_the_images_that_test_it(tmp_path: Path, discs: Path) -
     assert not (tmp_path / "leak").exists()
     result = run("missing", first, "2")
     assert result.exit_code == 2
-    assert "fold2" in result.stderr
+    assert "has no finished fold2 to go on from" in result.stderr
+    (first / "fold1" / SEEN_NAME).unlink()
+    assert f"{SEEN_NAME}`: missing" in run("unknown", first, "1").stderr
 
 
 def test_a_source_is_tested_by_a_network_of_another(tmp_path: Path, discs: Path) -> None:

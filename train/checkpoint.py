@@ -122,7 +122,7 @@ def read_last(path: Path, base_hash: str, device: torch.device) -> dict[str, Any
 
 
 def load_fold(fold_dir: Path) -> tuple[NucleusNet, Settings]:
-    """The network of a run's fold with its best weights, in eval mode, and the run's settings.
+    """The network of a run's fold with its best weights, in eval mode, and the settings that it had.
 
     Raises:
         ModelError: not a fold's folder, unfinished, or its base is another than it was trained on.

@@ -11,7 +11,7 @@ from nsam.runtime.engines import DEFAULT_MODEL
 from nsam.runtime.errors import InputError, ModelError
 from nsam.runtime.files import write_text
 from nsam.train.data import Sample, digest
-from nsam.train.settings import Settings
+from nsam.train.settings import NAMED_BASES, Settings
 
 #: Beside a network's weights, in a fold's folder and in a model's: a line for each image in the training or validation
 #: part of it or of its bases.
@@ -19,10 +19,17 @@ SEEN_NAME = "seen.txt"
 
 
 def of_fold(settings: Settings, name: str) -> Settings:
-    """The settings of one fold: where `base` is a whole run, the fold's own base is that run's fold of its name."""
-    if settings.base and (Path(settings.base) / "config.json").is_file():
-        return replace(settings, base=str(Path(settings.base) / name))
-    return settings
+    """The settings of one fold: where `base` is a whole run, the fold's own base is that run's fold of its name.
+
+    Raises:
+        ModelError: the run has not finished it.
+    """
+    run = Path(settings.base)
+    if settings.base in NAMED_BASES or not (run / "config.json").is_file():
+        return settings
+    if not (run / name / "metrics.json").is_file():
+        raise ModelError(f"`--base {run}`: has no finished {name} to go on from; finish it, or name another --fold")
+    return replace(settings, base=str(run / name))
 
 
 def seen_by(base: str) -> frozenset[str]:
@@ -31,14 +38,16 @@ def seen_by(base: str) -> frozenset[str]:
     Raises:
         ModelError: a run's fold or an exported model does not say.
     """
+    if base in ("none", "mobile_sam"):
+        return frozenset()
     path = DEFAULT_MODEL if base == "default" else Path(base)
     if (path / "card.json").is_file():
         record = ModelCard.read(path).verify_file(path, SEEN_NAME)
-    elif (path.parent / "config.json").is_file():
+    elif (path / "best.safetensors").is_file():
         record = path / SEEN_NAME
         if not record.is_file():
             raise ModelError(f"`{record}`: missing; without it nobody knows which images this base has been trained on")
-    else:
+    else:  # MobileSAM's file, or its exports
         return frozenset()
     return frozenset(record.read_text(encoding="ascii").split())
 
