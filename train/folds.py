@@ -49,7 +49,7 @@ def make_folds(
         InputError: `source` without another source.
     """
     if kind == "source":
-        return _leave_one_out(by_source([*samples, *extra]), validation_share)
+        return _leave_one_out([*samples, *extra], validation_share)
     indices = np.arange(len(samples))
     if kind == "official":
         splits = KFold(FOLDS, shuffle=True, random_state=OFFICIAL_SEED).split(indices)
@@ -59,10 +59,7 @@ def make_folds(
         raise ValueError(f"`kind` must be official, organ or source, is {kind}")
     folds = []
     for k, (rest, test) in enumerate(splits):
-        train, validation = _set_aside([samples[i] for i in rest], validation_share, k)
-        if extra:
-            more_train, more_validation = _set_aside(list(extra), validation_share, k)
-            train, validation = train + more_train, validation + more_validation
+        train, validation = _set_aside([[samples[i] for i in rest], extra], validation_share, k)
         folds.append(Fold(train, validation, [samples[i] for i in test]))
     return folds
 
@@ -73,36 +70,35 @@ def final_fold(samples: list[Sample], validation_share: float = 0.1, extra: Sequ
     Raises:
         InputError: no source has a second image.
     """
-    parts = [_set_aside(list(source), validation_share, FOLDS) for source in (samples, extra) if source]
-    train, validation = ([s for part in parts for s in part[k]] for k in (0, 1))
+    train, validation = _set_aside([samples, extra], validation_share, FOLDS)
     if not train:
         raise InputError(f"`{samples[0].name}`: one image cannot train and choose thresholds, too; give two or more")
     return Fold(train, validation, [])
 
 
-def by_source(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Samples of each source, in the order in which they come."""
+def _leave_one_out(samples: list[Sample], validation_share: float) -> list[Fold]:
     sources: dict[Path, list[Sample]] = {}
     for sample in samples:
         sources.setdefault(sample.source, []).append(sample)
-    return list(sources.values())
-
-
-def _leave_one_out(sources: list[list[Sample]], validation_share: float) -> list[Fold]:
     if len(sources) < 2:
         raise InputError("`--folds source`: tests each source by a network of the others; name others by --extra")
     folds = []
-    for k, test in enumerate(sources):
-        parts = [_set_aside(source, validation_share, k) for source in sources if source is not test]
-        train, validation = ([sample for part in parts for sample in part[i]] for i in (0, 1))
-        folds.append(Fold(train, validation, test))
+    for k, (root, test) in enumerate(sources.items()):
+        others = [source for other, source in sources.items() if other != root]
+        folds.append(Fold(*_set_aside(others, validation_share, k), test))
     return folds
 
 
-def _set_aside(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    shuffled = np.random.default_rng(seed).permutation(len(samples))
-    size = max(1, round(share * len(samples)))
-    return [samples[i] for i in np.sort(shuffled[size:])], [samples[i] for i in np.sort(shuffled[:size])]
+def _set_aside(sources: Sequence[Sequence[Sample]], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """(training, validation): the share of each source, one image at least."""
+    train: list[Sample] = []
+    validation: list[Sample] = []
+    for samples in filter(None, sources):
+        shuffled = np.random.default_rng(seed).permutation(len(samples))
+        size = max(1, round(share * len(samples)))
+        train += [samples[i] for i in np.sort(shuffled[size:])]
+        validation += [samples[i] for i in np.sort(shuffled[:size])]
+    return train, validation
 
 
 def write_folds(folds: dict[str, Fold], path: Path) -> None:

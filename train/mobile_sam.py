@@ -23,7 +23,6 @@ _RENAMED = (
     ("image_encoder.layers.", "encoder.vit.stages."),
 )
 
-
 #: Parts that MobileSAM does not have.
 _OWN = ("detail.", "tokens.")
 
