@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import os
 import time
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ import click
 
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import OutputError
-from nsam.runtime.files import output_errors, write_text
+from nsam.runtime.files import output_errors, write_csv, write_text
 from nsam.runtime.inputs import Source, find_slides, folder_names
 from nsam.runtime.job import Job, to_json
 from nsam.runtime.outcome import Outcome
@@ -168,8 +166,4 @@ def _write_failures(path: Path, ours: set[str], failures: list[Outcome]) -> None
         with output_errors(path):
             path.unlink(missing_ok=True)
         return
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("slide", "stage", "reason"))
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_csv(path, ("slide", "stage", "reason"), rows)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -18,6 +20,19 @@ def write_text(path: Path, text: str) -> None:
         OutputError: it cannot be written.
     """
     write_bytes(path, text.encode(errors="backslashreplace"))  # names of files may be no UTF-8
+
+
+def write_csv(path: Path, names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a small table in one step: the names of its columns, then its rows.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(rows)
+    write_text(path, table.getvalue())
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:

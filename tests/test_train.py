@@ -25,11 +25,12 @@ from nsam.runtime.errors import ModelError
 from nsam.train.checkpoint import build_model, load_fold
 from nsam.train.cli import main
 from nsam.train.data import find_samples
-from nsam.train.fit import fit, train_mode
+from nsam.train.fit import fit
 from nsam.train.folds import Fold
 from nsam.train.lineage import SEEN_NAME
 from nsam.train.model import NucleusNet
 from nsam.train.settings import NSAM, SEED, Settings
+from nsam.train.step import train_mode
 
 #: A minute's work cut down to seconds; the network keeps its size.
 TINY = replace(
@@ -318,6 +319,15 @@ def test_folds_side_by_side_make_one_run(tmp_path: Path, discs: Path) -> None:
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert "Finished folds: fold0, fold1." in (out / "summary.md").read_text()
     assert not list(out.rglob("*.part"))
+
+
+def test_a_loss_that_is_lost_ends_the_run(tmp_path: Path, fold: Fold, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nsam.train.fit.LOG_EVERY", 2)
+    settings = replace(TINY, lr=1e30, warmup=0.0)
+    out = config(tmp_path, settings)
+    with pytest.raises(ModelError, match=r"not finite at step 2; begin anew.*smaller --lr"):
+        fit(settings, fold, out, device=CPU)
+    assert not (out / "best.safetensors").exists()
 
 
 def test_time_out_saves_and_says_how_to_go_on(tmp_path: Path, fold: Fold) -> None:

@@ -12,11 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from nsam.runtime.engines import DEFAULT_MODEL
 from nsam.runtime.errors import ModelError
 from nsam.runtime.files import write_bytes
 from nsam.train.exported import load_exported
-from nsam.train.lineage import of_fold
+from nsam.train.lineage import locate, of_fold
 from nsam.train.lora import add_lora, has_lora, merge_lora
 from nsam.train.mobile_sam import download_mobile_sam, load_mobile_sam
 from nsam.train.model import NucleusNet
@@ -60,32 +59,32 @@ def load_base(model: NucleusNet, base: str) -> None:
     Raises:
         ModelError: see `build_model`.
     """
-    if base == "mobile_sam":
-        path = download_mobile_sam()
+    kind, path = locate(base)
+    if kind == "exported":
+        load_exported(model, path)
+    elif kind == "onnx":
+        load_mobile_sam(model, read_sam_onnx(path), base)
+    elif kind == "fold":
+        model.load_state_dict(_state_of(load_fold(path)[0]), strict=False)
     else:
-        path = DEFAULT_MODEL if base == "default" else Path(base)
-        if (path / "card.json").is_file():
-            load_exported(model, path)
-            return
-        if any(path.glob("*.onnx")):
-            load_mobile_sam(model, read_sam_onnx(path), base)
-            return
-        if path.is_dir():
-            model.load_state_dict(_state_of(load_fold(path)[0]), strict=False)
-            return
-        if path.suffix == ".safetensors":
-            raise ModelError(f"`{base}`: name the folder that it is in, a fold's or a model's")
-        if not path.is_file():
-            raise ModelError(
-                f"`{base}`: no such base; give default, mobile_sam, none, a .pt file, a fold's folder or a model"
-            )
+        path = download_mobile_sam() if kind == "mobile_sam" else path
+        load_mobile_sam(model, _read_plain(path), str(path))
+
+
+def _read_plain(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        raise ModelError(f"`{path}`: name the folder that it is in, a fold's or a model's")
+    if not path.is_file():
+        raise ModelError(
+            f"`{path}`: no such base; give default, mobile_sam, none, a .pt file, a fold's folder or a model"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes make it stumble over
         raise ModelError(f"`{path}`: no weights that load without pickle; give MobileSAM's .pt") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelError(f"`{path}`: a plain state dict is wanted; this file holds something else")
-    load_mobile_sam(model, state, str(path))
+    return state
 
 
 def trained_state(model: nn.Module, base: str) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -15,18 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nsam.runtime.files import output_errors, write_bytes, write_text
+from nsam.runtime.errors import ModelError
+from nsam.runtime.files import output_errors, write_bytes, write_csv, write_text
 from nsam.train import checkpoint
 from nsam.train.data import digest
 from nsam.train.evaluate import TorchEngine, draft_card, report, score_samples, score_with_progress
 from nsam.train.folds import Fold
 from nsam.train.lineage import SEEN_NAME, refuse_seen, seen_by, write_seen
-from nsam.train.losses import map_losses, total
 from nsam.train.optim import Ema, make_optimiser, make_schedule
 from nsam.train.parallel import ALONE, Group
 from nsam.train.settings import Settings
+from nsam.train.step import autocast_dtype, take_step, train_mode
 from nsam.train.thresholds import choose_post
 from nsam.train.views import Views, batches
 
@@ -64,7 +64,8 @@ def fit(
 
     Raises:
         InputError: the base has been trained on test images of this fold.
-        ModelError: the base cannot be had, or is not that of the checkpoint to go on from.
+        ModelError: the base cannot be had, or is not that of the checkpoint to go on from; or the loss has left the
+            finite numbers.
         OutputError: `out` cannot be written; what it held before stays.
     """
     refuse_seen(settings, out.name, fold.test)
@@ -101,30 +102,26 @@ def fit(
     views = Views(fold.train, settings, steps * settings.batch)
     stream = batches(views, settings.batch, step, workers, group)
     network = group.spread(model)
-    sums: dict[str, float] = defaultdict(float)
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     began, first = time.monotonic() - 60 * minutes, step
     started = time.monotonic()
     while step < steps:
         images, targets = (part.to(device, non_blocking=True) for part in next(stream))
         train_mode(model, settings)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            maps = network(images)
-        terms = map_losses(maps, targets, settings.channels, settings.dice, group)
-        optimiser.zero_grad(set_to_none=True)
-        scaler.scale(total(terms)).backward()
-        scaler.unscale_(optimiser)
-        if settings.clip:
-            nn.utils.clip_grad_norm_(trainable(model), settings.clip)
-        scaler.step(optimiser)
-        scaler.update()
+        terms = take_step(network, images, targets, settings, optimiser, scaler, dtype, group)
         schedule.step()
         ema.update(model)
         step += 1
 
         for name, term in terms.items():
-            sums[name] += float(term.detach()) / LOG_EVERY
+            sums[name] += term  # not read here: the GPU would stand still until the next step comes
         if step % LOG_EVERY == 0:
-            means = group.mean(sums)
+            if not torch.isfinite(torch.stack(list(terms.values()))).all():  # of this step: fp16 gets over a lone one
+                raise ModelError(
+                    f"`{out}`: the loss is not finite at step {step}; begin anew, in another --out, with a smaller "
+                    "--lr or --precision fp32"
+                )
+            means = group.mean({name: float(value) / LOG_EVERY for name, value in sums.items()})
             history.append({"step": step, "lr": schedule.get_last_lr()[0], **means})
             rate = (step - first) / (time.monotonic() - started)
             losses = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
@@ -182,6 +179,8 @@ def finish(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Thresholds from the validation part, then the one look at the test part; writes `metrics.json`."""
+    if device.type == "cuda":
+        say(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
     engine = TorchEngine.of_fold(out, device)
     post, reached = choose_post(fold.validation, engine, looks=settings.look > 0)
     say(f"thresholds from {len(fold.validation)} validation images: {post}, (AJI + PQ) / 2 {reached:.3f}")
@@ -197,39 +196,8 @@ def validate(fold: Fold, engine: TorchEngine) -> float:
     return float(np.mean([(s.aji + s.pq) / 2 for s in found]))
 
 
-def train_mode(model: nn.Module, settings: Settings) -> None:
-    """Training mode; BatchNorm keeps the statistics of its base, if there is one.
-
-    Those of a batch differ from those of a slide: its few crops come from several laboratories. A trained network
-    had a BCE of .155 by its batches' own statistics and .144 by the running ones, which are what inference uses.
-    """
-    model.train()
-    if settings.base != "none":
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-
-
-def trainable(model: nn.Module) -> list[Tensor]:
-    """The parameters under training."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Working precision: `auto` is fp16 on CUDA, bf16 on a CPU with AVX512-BF16 or AMX, else fp32."""
-    if precision == "auto":
-        if device.type == "cuda":
-            return torch.float16
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-
-
 def write_history(history: list[dict[str, float]], path: Path) -> None:
     """`history.csv`: a row for every 50 steps; `validation` where it was measured."""
     names = list(dict.fromkeys(name for row in history for name in row if name != "validation"))
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, [*names, "validation"], restval="")
-    writer.writeheader()
-    writer.writerows(history)
-    write_text(path, table.getvalue())
+    names.append("validation")
+    write_csv(path, names, [[row.get(name, "") for name in names] for row in history])

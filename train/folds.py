@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 from sklearn.model_selection import GroupKFold, KFold
 
 from nsam.runtime.errors import InputError
-from nsam.runtime.files import write_text
+from nsam.runtime.files import write_csv
 from nsam.train.data import Sample
 
 FOLDS = 5
@@ -103,10 +101,10 @@ def _set_aside(sources: Sequence[Sequence[Sample]], share: float, seed: int) -> 
 
 def write_folds(folds: dict[str, Fold], path: Path) -> None:
     """`folds.csv`: fold, part, image, group, and µm per px."""
-    table = io.StringIO(newline="")
-    writer = csv.writer(table)
-    writer.writerow(["fold", "part", "image", "group", "mpp"])
-    for name, fold in folds.items():
-        for part in ("train", "validation", "test"):
-            writer.writerows([name, part, s.name, s.group, s.mpp] for s in getattr(fold, part))
-    write_text(path, table.getvalue())
+    rows = [
+        (name, part, sample.name, sample.group, sample.mpp)
+        for name, fold in folds.items()
+        for part in ("train", "validation", "test")
+        for sample in getattr(fold, part)
+    ]
+    write_csv(path, ("fold", "part", "image", "group", "mpp"), rows)

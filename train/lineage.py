@@ -32,23 +32,36 @@ def of_fold(settings: Settings, name: str) -> Settings:
     return replace(settings, base=str(run / name))
 
 
+def locate(base: str) -> tuple[str, Path]:
+    """What a base is, and where: `none`, `mobile_sam` (to be downloaded), an `exported` model, a `fold` of a run, or of
+    SAM's own weights a folder of `onnx` exports or a `file`.
+    """
+    path = DEFAULT_MODEL if base == "default" else Path(base)
+    if base in ("none", "mobile_sam"):
+        kind = base
+    elif (path / "card.json").is_file():
+        kind = "exported"
+    elif any(path.glob("*.onnx")):
+        kind = "onnx"
+    else:
+        kind = "fold" if path.is_dir() else "file"
+    return kind, path
+
+
 def seen_by(base: str) -> frozenset[str]:
     """Digests of the images that a base has been trained on; none for SAM's weights, which saw no labelled nuclei.
 
     Raises:
         ModelError: a run's fold or an exported model does not say.
     """
-    if base in ("none", "mobile_sam"):
+    kind, path = locate(base)
+    record = path / SEEN_NAME
+    if kind == "exported":
+        ModelCard.read(path).verify_file(path, SEEN_NAME)
+    elif kind != "fold" or not (path / "best.safetensors").is_file():  # what is no fold is told when it is loaded
         return frozenset()
-    path = DEFAULT_MODEL if base == "default" else Path(base)
-    if (path / "card.json").is_file():
-        record = ModelCard.read(path).verify_file(path, SEEN_NAME)
-    elif (path / "best.safetensors").is_file():
-        record = path / SEEN_NAME
-        if not record.is_file():
-            raise ModelError(f"`{record}`: missing; without it nobody knows which images this base has been trained on")
-    else:  # MobileSAM's file, or its exports
-        return frozenset()
+    elif not record.is_file():
+        raise ModelError(f"`{record}`: missing; without it nobody knows which images this base has been trained on")
     return frozenset(record.read_text(encoding="ascii").split())
 
 

@@ -1,0 +1,85 @@
+"""Crops a second and memory of a training step, the network alone, on random crops."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import replace
+
+import click
+import torch
+
+from nsam.train.checkpoint import build_model
+from nsam.train.optim import Ema, make_optimiser
+from nsam.train.settings import NSAM, Settings
+from nsam.train.step import autocast_dtype, take_step, train_mode
+
+WARM_UP = 5
+
+
+def measure(settings: Settings, device: torch.device, steps: int) -> dict[str, object]:
+    """Median time of a step, as `fit` takes it, and the GPU's peak memory."""
+    model = build_model(settings)[0].to(device)
+    optimiser = make_optimiser(model, settings)
+    dtype = autocast_dtype(settings.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    ema = Ema(model, settings.ema)
+    side, small = settings.crop, settings.crop // settings.stride
+    images = torch.randint(256, (settings.batch, side, side, 3), dtype=torch.uint8, device=device)
+    targets = torch.rand(settings.batch, len(settings.channels), small, small, device=device)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    times = []
+    for _ in range(WARM_UP + steps):
+        began = time.perf_counter()
+        train_mode(model, settings)
+        terms = take_step(model, images, targets, settings, optimiser, scaler, dtype)
+        ema.update(model)
+        if cuda:
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    if not all(torch.isfinite(term) for term in terms.values()):
+        raise click.ClickException(f"the loss is not finite in {dtype}")
+    median = statistics.median(times[WARM_UP:])
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "tune": settings.tune,
+        "precision": str(dtype).removeprefix("torch."),
+        "batch": settings.batch,
+        "ms": round(1000 * median, 1),
+        "crops_s": round(settings.batch / median, 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if cuda else None,
+    }
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+@click.option("--batch", type=click.IntRange(1), multiple=True, default=[NSAM.batch], help="Repeatable.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), multiple=True, default=["auto"])
+@click.option("--tune", type=click.Choice(["lora", "decoder", "full"]), multiple=True, default=["full"])
+@click.option("--crop", type=click.IntRange(32), default=NSAM.crop, help="Side, px.")
+@click.option("--steps", type=click.IntRange(1), default=8, help="Timed steps of each row.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
+def main(
+    device: str,
+    batch: tuple[int, ...],
+    precision: tuple[str, ...],
+    tune: tuple[str, ...],
+    crop: int,
+    steps: int,
+    threads: int | None,
+) -> None:
+    """Print a line of JSON for each combination of --tune, --precision and --batch."""
+    if threads:
+        torch.set_num_threads(threads)
+    for what in tune:
+        for working in precision:
+            for size in batch:
+                settings = replace(NSAM, base="none", tune=what, precision=working, batch=size, crop=crop)
+                print(json.dumps(measure(settings, torch.device(device), steps)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
