@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nsam.runtime.errors import InputError
+from nsam.runtime.results import read_json
 from nsam.runtime.settings import DONE_NAME, RESULT_NAMES
 from nsam.runtime.slides import EXTENSIONS, MPP_RANGE
 
@@ -107,7 +108,8 @@ def _with_masks(found: dict[str, Source], folder: Path) -> dict[str, Source]:
 def folder_names(paths: Sequence[Path], out: Path) -> dict[Path, str]:
     """A name of its own below `out` for each slide's results: its stem, or more of its path where that is not enough.
 
-    None is that of a folder in which a slide lies: results would hide it from the next run.
+    None is that of a folder in which a slide lies: results would hide it from the next run. Where an earlier run has
+    put a slide's results they stay, and no other slide's go there as long as that slide exists.
     """
     real = {path: Path(os.path.realpath(path)) for path in paths}
     homes = {path.parent for path in real.values()}
@@ -123,10 +125,20 @@ def folder_names(paths: Sequence[Path], out: Path) -> dict[Path, str]:
     # Case is ignored, as many file systems do.
     uses = Counter(form for names in forms.values() for form in {name.casefold() for name in names})
 
-    def fits(name: str) -> bool:
-        return uses[name.casefold()] == 1 and Path(os.path.realpath(out / name)) not in homes
+    def name_of(path: Path) -> str:
+        owners = {name: read_json(out / name / DONE_NAME).get("path") for name in forms[path]}
+        for name, owner in owners.items():
+            if owner == str(real[path]):
+                return name
+        return next(
+            name
+            for name, owner in owners.items()
+            if uses[name.casefold()] == 1
+            and Path(os.path.realpath(out / name)) not in homes
+            and not (isinstance(owner, str) and os.path.exists(owner))
+        )
 
-    return {path: next(filter(fits, names)) for path, names in forms.items()}
+    return {path: name_of(path) for path in paths}
 
 
 def _slides_of(text: str) -> Iterator[Path]:

@@ -239,13 +239,25 @@ def test_equal_stems_have_folders_of_their_own(infer: Callable[..., Result], png
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "report.html", "x_a", "y_a"}
 
 
-def test_another_slide_of_the_same_name_does_not_overwrite(
+def test_another_slide_of_the_same_name_has_another_place(
+    infer: Callable[..., Result], png: Path, tmp_path: Path
+) -> None:
+    options = ("--mpp", 0.25, "--outputs", "csv")
+    infer(png, *options)
+    (tmp_path / "x").mkdir()
+    other = tmp_path / "x" / "a.png"
+    shutil.copyfile(png, other)
+    assert infer(other, *options).exit_code == 0
+    assert "0 slides done, 2 skipped" in infer(png, other, *options).output  # nor does either move afterwards
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "report.html", "a", "x_a"}
+
+
+def test_results_of_a_slide_that_has_moved_are_not_made_twice(
     infer: Callable[..., Result], png: Path, tmp_path: Path
 ) -> None:
     infer(png, "--mpp", 0.25, "--outputs", "csv")
     (tmp_path / "x").mkdir()
-    shutil.copyfile(png, tmp_path / "x" / "a.png")
-    result = infer(tmp_path / "x" / "a.png", "--mpp", 0.25, "--outputs", "csv")
+    result = infer(png.rename(tmp_path / "x" / "a.png"), "--mpp", 0.25, "--outputs", "csv")
     assert result.exit_code == 1
     assert "of another slide" in result.stderr
 
