@@ -330,6 +330,17 @@ def test_a_loss_that_is_lost_ends_the_run(tmp_path: Path, fold: Fold, monkeypatc
     assert not (out / "best.safetensors").exists()
 
 
+@pytest.mark.parametrize(("pause", "checkpoints"), [(0, 4), (1e9, 2)])
+def test_a_slow_disk_is_written_to_less_often(
+    tmp_path: Path, fold: Fold, monkeypatch: pytest.MonkeyPatch, pause: float, checkpoints: int
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr("nsam.train.fit.SAVE_PAUSE", pause)
+    monkeypatch.setattr("nsam.train.fit.write_bytes", lambda path, _: written.append(path))
+    fit(replace(TINY, steps=8), fold, config(tmp_path, TINY), device=CPU)
+    assert [path.name for path in written] == ["last.pt"] * checkpoints
+
+
 def test_time_out_saves_and_says_how_to_go_on(tmp_path: Path, fold: Fold) -> None:
     lines: list[str] = []
     out = config(tmp_path, TINY)

@@ -31,6 +31,7 @@ from nsam.train.thresholds import choose_post
 from nsam.train.views import Views, batches
 
 LOG_EVERY = 50  # steps a row of history.csv averages over
+SAVE_PAUSE = 30  # times as long as the last checkpoint took: it has 150 MB, and a GPU makes 100 steps in seconds
 
 
 def fit(
@@ -104,7 +105,7 @@ def fit(
     network = group.spread(model)
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     began, first = time.monotonic() - 60 * minutes, step
-    started = time.monotonic()
+    started, next_save = time.monotonic(), 0.0
     while step < steps:
         images, targets = (part.to(device, non_blocking=True) for part in next(stream))
         train_mode(model, settings)
@@ -143,7 +144,9 @@ def fit(
             say(f"step {step}/{steps}, validation (AJI + PQ) / 2 {reached:.3f}, best {best:.3f}")
         if step % settings.save_every and step < steps:
             continue
-        if group.leads:
+        late = group.agrees(time.monotonic() > deadline)
+        if group.leads and (late or step == steps or time.monotonic() > next_save):
+            save_began = time.monotonic()
             state = {
                 "base_hash": base_hash,
                 "model": model.state_dict(),
@@ -161,7 +164,8 @@ def fit(
             torch.save(state, content)
             write_bytes(last, content.getbuffer())
             write_history(history, out / "history.csv")
-        if group.agrees(time.monotonic() > deadline) and step < steps:
+            next_save = time.monotonic() + SAVE_PAUSE * (time.monotonic() - save_began)
+        if late and step < steps:
             say(f"time is up at step {step} of {steps}; --resume goes on from there")
             return None
     if not group.leads:

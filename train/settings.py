@@ -48,7 +48,7 @@ class Settings:
     folds: str = "official"
     validation_share: float = 0.1
     validate_every: int = 1000
-    save_every: int = 100
+    save_every: int = 100  # steps, or a multiple of them where that is often
     seed: int = 0
     precision: str = "auto"  # fp16 with loss scaling on CUDA (a T4 has no bf16), bf16 on a CPU that has it
 
