@@ -6,14 +6,17 @@ import json
 import statistics
 import time
 from dataclasses import replace
+from itertools import product
 
 import click
 import torch
 
 from nsam.train.checkpoint import build_model
+from nsam.train.cli import pick_device
+from nsam.train.losses import total
 from nsam.train.optim import Ema, make_optimiser
 from nsam.train.settings import NSAM, Settings
-from nsam.train.step import autocast_dtype, take_step, train_mode
+from nsam.train.step import autocast_dtype, take_step
 
 WARM_UP = 5
 
@@ -34,13 +37,12 @@ def measure(settings: Settings, device: torch.device, steps: int) -> dict[str, o
     times = []
     for _ in range(WARM_UP + steps):
         began = time.perf_counter()
-        train_mode(model, settings)
         terms = take_step(model, images, targets, settings, optimiser, scaler, dtype)
         ema.update(model)
         if cuda:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
-    if not all(torch.isfinite(term) for term in terms.values()):
+    if not torch.isfinite(total(terms)):
         raise click.ClickException(f"the loss is not finite in {dtype}")
     median = statistics.median(times[WARM_UP:])
     return {
@@ -55,7 +57,7 @@ def measure(settings: Settings, device: torch.device, steps: int) -> dict[str, o
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--batch", type=click.IntRange(1), multiple=True, default=[NSAM.batch], help="Repeatable.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), multiple=True, default=["auto"])
 @click.option("--tune", type=click.Choice(["lora", "decoder", "full"]), multiple=True, default=["full"])
@@ -74,11 +76,10 @@ def main(
     """Print a line of JSON for each combination of --tune, --precision and --batch."""
     if threads:
         torch.set_num_threads(threads)
-    for what in tune:
-        for working in precision:
-            for size in batch:
-                settings = replace(NSAM, base="none", tune=what, precision=working, batch=size, crop=crop)
-                print(json.dumps(measure(settings, torch.device(device), steps)), flush=True)
+    place = pick_device(device)
+    for what, working, size in product(tune, precision, batch):
+        settings = replace(NSAM, base="none", tune=what, precision=working, batch=size, crop=crop)
+        print(json.dumps(measure(settings, place, steps)), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,18 +126,17 @@ def folder_names(paths: Sequence[Path], out: Path) -> dict[Path, str]:
     # Case is ignored, as many file systems do.
     uses = Counter(form for names in forms.values() for form in {name.casefold() for name in names})
 
+    @cache
+    def owner(name: str) -> str:
+        return str(read_json(out / name / DONE_NAME).get("path", ""))
+
+    def fits(name: str) -> bool:
+        free = not os.path.exists(owner(name))
+        return free and uses[name.casefold()] == 1 and Path(os.path.realpath(out / name)) not in homes
+
     def name_of(path: Path) -> str:
-        owners = {name: read_json(out / name / DONE_NAME).get("path") for name in forms[path]}
-        for name, owner in owners.items():
-            if owner == str(real[path]):
-                return name
-        return next(
-            name
-            for name, owner in owners.items()
-            if uses[name.casefold()] == 1
-            and Path(os.path.realpath(out / name)) not in homes
-            and not (isinstance(owner, str) and os.path.exists(owner))
-        )
+        kept = (name for name in forms[path] if owner(name) == str(real[path]))
+        return next(kept, None) or next(filter(fits, forms[path]))
 
     return {path: name_of(path) for path in paths}
 

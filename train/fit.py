@@ -23,10 +23,11 @@ from nsam.train.data import digest
 from nsam.train.evaluate import TorchEngine, draft_card, report, score_samples, score_with_progress
 from nsam.train.folds import Fold
 from nsam.train.lineage import SEEN_NAME, refuse_seen, seen_by, write_seen
+from nsam.train.losses import total
 from nsam.train.optim import Ema, make_optimiser, make_schedule
 from nsam.train.parallel import ALONE, Group
 from nsam.train.settings import Settings
-from nsam.train.step import autocast_dtype, take_step, train_mode
+from nsam.train.step import autocast_dtype, take_step
 from nsam.train.thresholds import choose_post
 from nsam.train.views import Views, batches
 
@@ -108,7 +109,6 @@ def fit(
     started, next_save = time.monotonic(), 0.0
     while step < steps:
         images, targets = (part.to(device, non_blocking=True) for part in next(stream))
-        train_mode(model, settings)
         terms = take_step(network, images, targets, settings, optimiser, scaler, dtype, group)
         schedule.step()
         ema.update(model)
@@ -117,7 +117,7 @@ def fit(
         for name, term in terms.items():
             sums[name] += term  # not read here: the GPU would stand still until the next step comes
         if step % LOG_EVERY == 0:
-            if not torch.isfinite(torch.stack(list(terms.values()))).all():  # of this step: fp16 gets over a lone one
+            if not torch.isfinite(total(terms)):  # of this step: fp16 gets over a lone one
                 raise ModelError(
                     f"`{out}`: the loss is not finite at step {step}; begin anew, in another --out, with a smaller "
                     "--lr or --precision fp32"
@@ -170,6 +170,8 @@ def fit(
             return None
     if not group.leads:
         return {}
+    if device.type == "cuda":
+        say(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
     return finish(settings, fold, out, device, (time.monotonic() - began) / 60, step, say)
 
 
@@ -183,8 +185,6 @@ def finish(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Thresholds from the validation part, then the one look at the test part; writes `metrics.json`."""
-    if device.type == "cuda":
-        say(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
     engine = TorchEngine.of_fold(out, device)
     post, reached = choose_post(fold.validation, engine, looks=settings.look > 0)
     say(f"thresholds from {len(fold.validation)} validation images: {post}, (AJI + PQ) / 2 {reached:.3f}")

@@ -23,12 +23,13 @@ def take_step(
     """Forward, backward and one step of the optimiser on a batch; returns the terms of its loss, on the device.
 
     Args:
-        network: in training mode, as `Group.spread` gives it.
+        network: as `Group.spread` gives it.
         images: (N, S, S, 3) uint8.
         targets: (N, C, S/stride, S/stride) float32.
         settings, optimiser, scaler, group: those of `fit`.
         dtype: working precision, from `autocast_dtype`.
     """
+    train_mode(network, settings)
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         maps = network(images)
     terms = map_losses(maps, targets, settings.channels, settings.dice, group)
