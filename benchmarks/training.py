@@ -14,9 +14,8 @@ import torch
 from nsam.train.checkpoint import build_model
 from nsam.train.cli import pick_device
 from nsam.train.losses import total
-from nsam.train.optim import Ema, make_optimiser
 from nsam.train.settings import NSAM, Settings
-from nsam.train.step import autocast_dtype, take_step
+from nsam.train.step import TrainState
 
 WARM_UP = 5
 
@@ -24,10 +23,7 @@ WARM_UP = 5
 def measure(settings: Settings, device: torch.device, steps: int) -> dict[str, object]:
     """Median time of a step, as `fit` takes it, and the GPU's peak memory."""
     model = build_model(settings)[0].to(device)
-    optimiser = make_optimiser(model, settings)
-    dtype = autocast_dtype(settings.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    ema = Ema(model, settings.ema)
+    state = TrainState(model, settings, WARM_UP + steps)
     side, small = settings.crop, settings.crop // settings.stride
     images = torch.randint(256, (settings.batch, side, side, 3), dtype=torch.uint8, device=device)
     targets = torch.rand(settings.batch, len(settings.channels), small, small, device=device)
@@ -37,18 +33,17 @@ def measure(settings: Settings, device: torch.device, steps: int) -> dict[str, o
     times = []
     for _ in range(WARM_UP + steps):
         began = time.perf_counter()
-        terms = take_step(model, images, targets, settings, optimiser, scaler, dtype)
-        ema.update(model)
+        terms = state.step(images, targets)
         if cuda:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
     if not torch.isfinite(total(terms)):
-        raise click.ClickException(f"the loss is not finite in {dtype}")
+        raise click.ClickException(f"the loss is not finite in {state.dtype}")
     median = statistics.median(times[WARM_UP:])
     return {
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads",
         "tune": settings.tune,
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": str(state.dtype).removeprefix("torch."),
         "batch": settings.batch,
         "ms": round(1000 * median, 1),
         "crops_s": round(settings.batch / median, 1),

@@ -24,10 +24,9 @@ from nsam.train.evaluate import TorchEngine, draft_card, report, score_samples, 
 from nsam.train.folds import Fold
 from nsam.train.lineage import SEEN_NAME, refuse_seen, seen_by, write_seen
 from nsam.train.losses import total
-from nsam.train.optim import Ema, make_optimiser, make_schedule
 from nsam.train.parallel import ALONE, Group
 from nsam.train.settings import Settings
-from nsam.train.step import autocast_dtype, take_step
+from nsam.train.step import TrainState
 from nsam.train.thresholds import choose_post
 from nsam.train.views import Views, batches
 
@@ -76,26 +75,16 @@ def fit(
         for part in out.glob("*.part") if group.leads else ():  # what a kill left
             part.unlink()
     model, base_hash = checkpoint.build_model(settings)
-    model.to(device)
-    optimiser = make_optimiser(model, settings)
     steps = settings.total_steps(len(fold.train))
-    schedule = make_schedule(optimiser, settings, steps)
-    dtype = autocast_dtype(settings.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    ema = Ema(model, settings.ema)
+    state = TrainState(model.to(device), settings, steps, group)
     engine = TorchEngine(model, draft_card(settings), device)
     step, best, history, minutes = 0, -1.0, [], 0.0
 
     last = out / "last.pt"
     if resume and last.is_file():
         saved = checkpoint.read_last(last, base_hash, device)
-        checkpoint.load_trained(model, saved["model"], str(last))
-        optimiser.load_state_dict(saved["optimiser"])
-        schedule.load_state_dict(saved["schedule"])
-        scaler.load_state_dict(saved["scaler"])
-        ema.load(saved["ema"])
+        state.load_state_dict(saved, str(last))
         step, best, history, minutes = (saved[name] for name in ("step", "best", "history", "minutes"))
-        torch.set_rng_state(saved["rng"].cpu())
         say(f"resumed at step {step} of {steps}")
 
     if group.leads:
@@ -103,15 +92,12 @@ def fit(
         write_seen(out / SEEN_NAME, seen_by(settings.base).union(own))
     views = Views(fold.train, settings, steps * settings.batch)
     stream = batches(views, settings.batch, step, workers, group)
-    network = group.spread(model)
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     began, first = time.monotonic() - 60 * minutes, step
     started, next_save = time.monotonic(), 0.0
     while step < steps:
         images, targets = (part.to(device, non_blocking=True) for part in next(stream))
-        terms = take_step(network, images, targets, settings, optimiser, scaler, dtype, group)
-        schedule.step()
-        ema.update(model)
+        terms = state.step(images, targets)
         step += 1
 
         for name, term in terms.items():
@@ -123,7 +109,7 @@ def fit(
                     "--lr or --precision fp32"
                 )
             means = group.mean({name: float(value) / LOG_EVERY for name, value in sums.items()})
-            history.append({"step": step, "lr": schedule.get_last_lr()[0], **means})
+            history.append({"step": step, "lr": state.lr, **means})
             rate = (step - first) / (time.monotonic() - started)
             losses = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
             say(
@@ -132,7 +118,7 @@ def fit(
             )
             sums.clear()
         if group.leads and (step % settings.validate_every == 0 or step == steps):
-            with ema.applied(model):
+            with state.ema.applied(model):
                 reached = validate(fold, engine)
                 if reached > best:
                     best = reached
@@ -147,21 +133,16 @@ def fit(
         late = group.agrees(time.monotonic() > deadline)
         if group.leads and (late or step == steps or time.monotonic() > next_save):
             save_began = time.monotonic()
-            state = {
+            saved = {
+                **state.state_dict(),
                 "base_hash": base_hash,
-                "model": model.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "schedule": schedule.state_dict(),
-                "scaler": scaler.state_dict(),
-                "ema": ema.shadow,
-                "rng": torch.get_rng_state(),
                 "step": step,
                 "best": best,
                 "history": history,
                 "minutes": (time.monotonic() - began) / 60,
             }
             content = io.BytesIO()
-            torch.save(state, content)
+            torch.save(saved, content)
             write_bytes(last, content.getbuffer())
             write_history(history, out / "history.csv")
             next_save = time.monotonic() + SAVE_PAUSE * (time.monotonic() - save_began)

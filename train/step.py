@@ -1,46 +1,91 @@
-"""One step of training: forward, backward, optimiser, in the working precision."""
+"""One step of training: forward, backward, optimiser, in the working precision; and all that it changes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nsam.train.checkpoint import load_trained
 from nsam.train.losses import map_losses, total
+from nsam.train.model import NucleusNet
+from nsam.train.optim import Ema, make_optimiser, make_schedule
 from nsam.train.parallel import ALONE, Group
 from nsam.train.settings import Settings
 
 
-def take_step(
-    network: nn.Module,
-    images: Tensor,
-    targets: Tensor,
-    settings: Settings,
-    optimiser: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    dtype: torch.dtype,
-    group: Group = ALONE,
-) -> dict[str, Tensor]:
-    """Forward, backward and one step of the optimiser on a batch; returns the terms of its loss, on the device.
+class TrainState:
+    """A network under training with its optimiser, schedule, loss scaling and moving average.
 
     Args:
-        network: as `Group.spread` gives it.
-        images: (N, S, S, 3) uint8.
-        targets: (N, C, S/stride, S/stride) float32.
-        settings, optimiser, scaler, group: those of `fit`.
-        dtype: working precision, from `autocast_dtype`.
+        model: as `checkpoint.build_model` makes it, on the device where it is to be trained.
+        settings: those of its fold.
+        steps: the length of the schedule.
+        group: the processes that train it together.
     """
-    train_mode(network, settings)
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        maps = network(images)
-    terms = map_losses(maps, targets, settings.channels, settings.dice, group)
-    optimiser.zero_grad(set_to_none=True)
-    scaler.scale(total(terms)).backward()
-    scaler.unscale_(optimiser)
-    if settings.clip:
-        nn.utils.clip_grad_norm_(trainable(network), settings.clip)
-    scaler.step(optimiser)
-    scaler.update()
-    return {name: term.detach() for name, term in terms.items()}
+
+    def __init__(self, model: NucleusNet, settings: Settings, steps: int, group: Group = ALONE) -> None:
+        device = next(model.parameters()).device
+        self.model = model
+        self.dtype = autocast_dtype(settings.precision, device)
+        self.ema = Ema(model, settings.ema)
+        self._settings, self._group = settings, group
+        self._optimiser = make_optimiser(model, settings)
+        self._schedule = make_schedule(self._optimiser, settings, steps)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self._network = group.spread(model)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return float(self._schedule.get_last_lr()[0])
+
+    def step(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Learn from a batch; returns the terms of its loss, on the device.
+
+        Args:
+            images: (N, S, S, 3) uint8.
+            targets: (N, C, S/stride, S/stride) float32.
+        """
+        train_mode(self.model, self._settings)
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            maps = self._network(images)
+        terms = map_losses(maps, targets, self._settings.channels, self._settings.dice, self._group)
+        self._optimiser.zero_grad(set_to_none=True)
+        self._scaler.scale(total(terms)).backward()
+        self._scaler.unscale_(self._optimiser)
+        if self._settings.clip:
+            nn.utils.clip_grad_norm_(trainable(self.model), self._settings.clip)
+        self._scaler.step(self._optimiser)
+        self._scaler.update()
+        self._schedule.step()
+        self.ema.update(self.model)
+        return {name: term.detach() for name, term in terms.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` goes on from, to the bit."""
+        return {
+            "model": self.model.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "ema": self.ema.shadow,
+            "rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], source: str) -> None:
+        """Go on from `state_dict`'s; `source` names it in errors.
+
+        Raises:
+            ModelError: weights are of another architecture.
+        """
+        load_trained(self.model, state["model"], source)
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.ema.load(state["ema"])
+        torch.set_rng_state(state["rng"].cpu())
 
 
 def train_mode(model: nn.Module, settings: Settings) -> None:
