@@ -60,7 +60,9 @@ def main(
     show(rows[-1])
     for kind in tune:
         for count in images:
-            settings = replace(NSAM, base=str(base), tune=kind, steps=steps, lr=lr, validate_every=steps)
+            settings = replace(
+                NSAM, base=str(base), mpp=engine.card.input.mpp, tune=kind, steps=steps, lr=lr, validate_every=steps
+            )
             rows.append(adapt(settings, pool[: count or None], test, out / f"{kind}{count or 'all'}"))
             show(rows[-1])
             (out / "adaptation.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
