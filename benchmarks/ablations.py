@@ -14,6 +14,7 @@ import torch
 
 from nsam.runtime.card import PostSpec
 from nsam.runtime.metrics import mean_and_pooled
+from nsam.runtime.options import Command
 from nsam.train.crossval import claim
 from nsam.train.data import Sample, find_extra, find_samples
 from nsam.train.evaluate import TorchEngine, score_samples
@@ -43,7 +44,7 @@ TUNED: dict[str, dict[str, Any]] = {
 }
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="A folder a row, and `ablations.json`.")
 @click.option("--extra", multiple=True, type=click.Path(path_type=Path), help="Another source to train on.")

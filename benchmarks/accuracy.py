@@ -14,6 +14,7 @@ from shifts import SCALES, SHIFTS, rescale, shift
 
 from nsam.runtime.engines import load
 from nsam.runtime.metrics import NAMES, Score, mean_and_pooled, score
+from nsam.runtime.options import Command
 from nsam.runtime.pipeline import segment_slide
 from nsam.runtime.slides import ArraySlide
 from nsam.train.data import Sample, find_samples, read_sample
@@ -22,7 +23,7 @@ from nsam.train.folds import make_folds
 SHOWN = ("dice", "aji", "pq")
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.option("--model", type=click.Path(path_type=Path), help="A folder made by nsam-export. [default: nsam's own]")
 @click.option("--mpp", type=float, help="Scale of the images, µm/px. [default: .17 for NuInsSeg, else .25]")

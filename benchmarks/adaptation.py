@@ -14,6 +14,7 @@ import torch
 
 from nsam.runtime.card import PostSpec
 from nsam.runtime.metrics import mean_and_pooled
+from nsam.runtime.options import Command
 from nsam.train.crossval import claim
 from nsam.train.data import Sample, find_samples
 from nsam.train.evaluate import TorchEngine, score_samples
@@ -22,7 +23,7 @@ from nsam.train.folds import final_fold
 from nsam.train.settings import NSAM, Settings
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("base", type=click.Path(path_type=Path, exists=True))
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.option(

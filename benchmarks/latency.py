@@ -18,6 +18,8 @@ from typing import Any
 
 import click
 
+from nsam.runtime.options import Command
+
 DEVICES = (
     "cpu:fp32",
     "cpu:int8",
@@ -32,7 +34,7 @@ WARM_UP = 3
 MATRIX = 2048
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.option("--model", type=click.Path(path_type=Path), help="A folder made by nsam-export. [default: nsam's own]")
 @click.option("--engines", default=",".join(DEVICES), help="device:precision, separated by commas.")
 @click.option("--batches", default="1,4", help="Tiles a pass, separated by commas.")

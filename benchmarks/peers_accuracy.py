@@ -13,6 +13,7 @@ from peers import PEERS, PeerError, answer, install
 
 from nsam.runtime.engines import load
 from nsam.runtime.metrics import Score, mean_and_pooled, score
+from nsam.runtime.options import Command
 from nsam.train.data import Sample, find_samples, read_sample
 from nsam.train.evaluate import score_samples
 from nsam.train.folds import make_folds
@@ -21,7 +22,7 @@ MPP = 0.25  # µm/px at which peers see the images: that of the slides they are 
 SHOWN = ("dice", "aji", "pq")
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.option("--peers", default="StarDist,classical chain", help="Which, separated by commas; `nsam`: its own model.")
 @click.option("--fold", type=click.IntRange(0, 4), default=0, help="Official fold.")

@@ -21,9 +21,9 @@ import numpy as np
 from PIL import Image
 from wholeslide import write_mosaic
 
-from nsam.runtime.errors import NsamError
 from nsam.runtime.inputs import Source
 from nsam.runtime.job import Job
+from nsam.runtime.options import Command
 from nsam.runtime.settings import Device, Settings
 from nsam.runtime.slides import open_slide
 
@@ -59,7 +59,7 @@ def numbers(kind: Callable[[str], Any]) -> Callable[..., tuple[Any, ...]]:
     return read
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("slides", nargs=-1, required=True, metavar="SLIDE...", type=click.Path(path_type=Path, exists=True))
 @click.option("--sides", callback=numbers(int), default="2048,4096,8192", help="Of the mosaics, px of .25 µm.")
 @click.option("--shares", callback=numbers(float), default="1,.5,.25", help="Of the tissue; the rest is made glass.")
@@ -116,11 +116,8 @@ def main(
 
 def apart(function: Callable[..., _T], *arguments: Any) -> _T:
     """Its result, from a new process."""
-    try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            return pool.submit(function, *arguments).result()
-    except NsamError as error:
-        raise click.ClickException(str(error)) from error
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def measure(case: Case, device: Device, slide: Path) -> dict[str, Any]:

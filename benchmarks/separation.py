@@ -20,6 +20,7 @@ from nsam.runtime.frame import BLOCK_PX, Frame
 from nsam.runtime.level0 import carry, nearest
 from nsam.runtime.measure import Nucleus, measure
 from nsam.runtime.metrics import Score, mean_and_pooled, score
+from nsam.runtime.options import Command
 from nsam.runtime.pipeline import map_rows
 from nsam.runtime.slides import ArraySlide
 from nsam.runtime.tiles import Box, Grid
@@ -76,7 +77,7 @@ class Case:
         return Box(0, 0, *self.grid.level0_wh)
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.option("--model", type=click.Path(path_type=Path), help="A folder made by nsam-export. [default: nsam's own]")
 @click.option("--mpp", type=float, help="Scale of the images, µm/px. [default: .17 for NuInsSeg, else .25]")

@@ -20,7 +20,7 @@ from watching import Watch
 from nsam.runtime import engines, job, pipeline, writers
 from nsam.runtime.bands import BandStore
 from nsam.runtime.inputs import Source
-from nsam.runtime.options import names_of
+from nsam.runtime.options import Command, names_of
 from nsam.runtime.outcome import Failed
 from nsam.runtime.settings import OUTPUTS, Device, Precision, Settings
 
@@ -44,7 +44,7 @@ READERS, TILES, MAPS_FULL, MAPS, NUCLEI = WAITS = (
 )
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("slide", type=click.Path(path_type=Path, exists=True))
 @click.option("--mpp", type=float, help="Scale of the slide, µm/px. [default: from its metadata]")
 @click.option("--model", type=click.Path(path_type=Path), help="A folder made by nsam-export. [default: nsam's own]")

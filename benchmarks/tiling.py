@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import DEFAULT_MODEL
 from nsam.runtime.metrics import mean_and_pooled, score
+from nsam.runtime.options import Command
 from nsam.runtime.pipeline import segment_slide
 from nsam.runtime.slides import ArraySlide, open_slide
 from nsam.runtime.tiles import tile_rows
@@ -52,7 +53,7 @@ CUTS = (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("slides", type=click.Path(path_type=Path, exists=True))
 @click.option("--model", type=click.Path(path_type=Path), help="A folder made by nsam-export. [default: nsam's own]")
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)

@@ -11,6 +11,7 @@ from itertools import product
 import click
 import torch
 
+from nsam.runtime.options import Command
 from nsam.train.checkpoint import build_model
 from nsam.train.cli import pick_device
 from nsam.train.losses import total
@@ -51,7 +52,7 @@ def measure(settings: Settings, device: torch.device, steps: int) -> dict[str, o
     }
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--batch", type=click.IntRange(1), multiple=True, default=[NSAM.batch], help="Repeatable.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), multiple=True, default=["auto"])

@@ -19,12 +19,14 @@ import tifffile
 from numpy.typing import NDArray
 from watching import Watch
 
+from nsam.runtime.options import Command
+
 MPP = 0.25
 _TILE_PX = 512
 _TRIAL_TILES = 48
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("tissue", type=click.Path(path_type=Path, exists=True))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--side", type=click.IntRange(1), default=60_000, show_default=True, help="Of the slide, px.")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from nsam.export.settings import PRECISIONS, Settings
-from nsam.runtime.errors import NsamError
-from nsam.runtime.options import SCALE, names_of, print_anything
+from nsam.runtime.options import SCALE, Command, names_of
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="nsam")
 @click.argument("fold_dir", metavar="[RUN/foldK]", required=False, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Model directory to make.")
@@ -76,25 +74,18 @@ def main(fold_dir: Path | None, out: Path | None, check: Path | None, verbose: b
     nsam-export runs/nsam/fold0 --out models/nsam
     nsam-export --check models/nsam
     """
-    print_anything()
     if check is None and (fold_dir is None or out is None):
         raise click.UsageError("a fold and --out are wanted, or --check MODEL")
     for noisy in ("onnxscript", "onnx_ir", "torch.onnx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
-        if check is not None:
-            from nsam.export.check import check as check_model
+    if check is not None:
+        from nsam.export.check import check as check_model
 
-            check_model(check, click.echo)
-        else:
-            from nsam.export.build import build
+        check_model(check, click.echo)
+    else:
+        from nsam.export.build import build
 
-            click.echo(f"made {build(Settings(fold_dir=fold_dir, out=out, **options), click.echo)}")
-    except NsamError as error:
-        if verbose:
-            raise
-        click.echo(f"nsam-export: {error}", err=True)
-        sys.exit(1)
+        click.echo(f"made {build(Settings(fold_dir=fold_dir, out=out, **options), click.echo)}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from typing import Any, get_args
 
 import click
 
-from nsam.runtime.errors import NsamError
-from nsam.runtime.options import NumberRange, names_of, print_anything
+from nsam.runtime.options import Command, NumberRange, names_of
 from nsam.runtime.settings import OUTPUTS, Device, Precision, Settings
 
 _EXAMPLE = """\b
@@ -38,7 +37,7 @@ def _roi(
     return box
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXAMPLE)
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXAMPLE)
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.option(
     "--out",
@@ -154,7 +153,6 @@ def main(verbose: bool, dry_run: bool, **options: Any) -> None:
     resolution), overlay.jpg (to look at) and slide.json; report.html shows them all. Coordinates are pixels of the
     full-resolution slide. Finished slides are skipped when the same run is started again.
     """
-    print_anything()
     logging.basicConfig(format="%(name)s: %(message)s")
     if verbose:
         logging.getLogger("nsam").setLevel(logging.DEBUG)
@@ -165,10 +163,6 @@ def main(verbose: bool, dry_run: bool, **options: Any) -> None:
 
     try:
         failures = (plan.dry_run if dry_run else batch.run)(Settings(**options))
-    except NsamError as error:
-        logging.getLogger(__name__).debug("nothing was begun", exc_info=error)
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
     except KeyboardInterrupt:
         click.echo("interrupted; finished slides are kept", err=True)
         sys.exit(130)

@@ -1,14 +1,17 @@
-"""What the commands share: values that click has no type for, and output that any log can take."""
+"""What the commands share: how they refuse, values that click has no type for, output that any log can take."""
 
 from __future__ import annotations
 
 import io
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
+
+from nsam.runtime.errors import NsamError
 
 
 def print_anything() -> None:
@@ -16,6 +19,24 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+class Command(click.Command):
+    """A command that what a user can mend ends with one line and exit code 2; `--verbose` adds the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See `click.Command`."""
+        print_anything()
+        try:
+            return super().invoke(ctx)
+        except NsamError as error:
+            if ctx.params.get("verbose"):
+                traceback.print_exc()
+            raise _Refusal(str(error)) from error
+
+
+class _Refusal(click.ClickException):
+    exit_code = 2
 
 
 class NumberRange(click.FloatRange):

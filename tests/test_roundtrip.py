@@ -131,7 +131,7 @@ def test_check_repeats_the_proof_without_data(model_dir: Path, tmp_path: Path) -
     with (copy / "model.fp16.onnx").open("ab") as stream:
         stream.write(b"x")
     result = CliRunner().invoke(export_main, ["--check", str(copy)])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "was changed or cut" in result.stderr
     other = np.full((1, 448, 448, 3), 255, np.uint8), load(model_dir, "cpu").run(np.zeros((1, 448, 448, 3), np.uint8))
     write_reference(copy / "reference.npz", other[0], other[1] + 5)
@@ -142,7 +142,7 @@ def test_check_repeats_the_proof_without_data(model_dir: Path, tmp_path: Path) -
     }
     (copy / "card.json").write_text(replace(card, files=files).to_json())
     result = CliRunner().invoke(export_main, ["--check", str(copy)])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "must be at least 0.98" in result.stderr
 
 
@@ -207,7 +207,7 @@ def test_a_link_that_fails_leaves_no_model(run: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(export_build, "load_merged", wrong)
     options = [str(run / "fold0"), "--out", str(tmp_path / "m"), "--tiles", "2", "--precisions", "fp32"]
     result = CliRunner().invoke(export_main, options)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "parity `torch -> merged` failed" in result.stderr
     assert not list(tmp_path.iterdir())
     result = CliRunner().invoke(export_main, [*options, "--force"])
@@ -216,14 +216,14 @@ def test_a_link_that_fails_leaves_no_model(run: Path, tmp_path: Path, monkeypatc
     assert card.failed_links == ("torch -> merged",)
     assert "parity failed at torch -> merged" in load(tmp_path / "m", device="cpu").device
     result = CliRunner().invoke(export_main, ["--check", str(tmp_path / "m")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "parity failed when it was made (torch -> merged)" in result.stderr
 
 
 def test_what_cannot_be_exported_is_one_line(run: Path, model_dir: Path, small_data: Path, tmp_path: Path) -> None:
     def fails(*arguments: str) -> str:
         result = CliRunner().invoke(export_main, list(arguments))
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert len(result.stderr.strip().splitlines()) == 1
         return result.stderr
 

@@ -11,12 +11,12 @@ from typing import Any
 import click
 
 from nsam.runtime.errors import NsamError
-from nsam.runtime.options import SCALE, print_anything
+from nsam.runtime.options import SCALE, Command
 
 log = logging.getLogger("nsam")
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="nsam")
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option(
@@ -78,20 +78,15 @@ def main(data: Path, out: Path, verbose: bool, **options: Any) -> None:
     nsam-train NuInsSeg --out runs/nsam --fold 0
     nsam-train NuInsSeg --out runs/scratch --base none --tune full
     """
-    print_anything()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     try:
         train(data, out, options)
-    except (NsamError, ValueError) as error:
-        if verbose:
-            raise
-        click.echo(f"nsam-train: {error}", err=True)
-        sys.exit(2)
+    except ValueError as error:
+        raise NsamError(str(error)) from error
     except RuntimeError as error:
-        if verbose or not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
-        click.echo("nsam-train: out of memory; give a smaller --batch, and another --out", err=True)
-        sys.exit(2)
+        raise NsamError("out of memory; give a smaller --batch, and another --out") from error
     except KeyboardInterrupt:
         click.echo("nsam-train: interrupted; --resume goes on from the last checkpoint", err=True)
         sys.exit(130)

@@ -24,7 +24,7 @@ def make_optimiser(model: nn.Module, settings: Settings) -> torch.optim.Optimize
             groups.setdefault(key, []).append(parameter)
     options = [{"params": members, "lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()]
     cls = torch.optim.AdamW if settings.optimiser == "adamw" else torch.optim.Adam
-    return cls(options)
+    return cls(options, fused=True)  # one pass over the weights, and with loss scaling the host waits for no step
 
 
 def make_schedule(optimiser: torch.optim.Optimizer, settings: Settings, steps: int) -> LambdaLR:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -33,6 +34,8 @@ class Group:
 
         Unused parts, such as the IoU head, need a static graph.
         """
+        # Of depthwise filters (256, 1, 3, 3): a side of 1 has any stride, and the memory is the same.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view", UserWarning)
         return DistributedDataParallel(model, static_graph=True) if self.size > 1 else model
 
     def sum(self, part: Tensor) -> Tensor:
