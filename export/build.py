@@ -141,8 +141,9 @@ def _build_in(
         proven.append("fp16")
         graphs["fp16"], details["fp16"] = make_fp16(graphs[fp32], scratch, chain, fp32, load_graph)
         shipped["model.fp16.onnx"] = ("fp16", graphs["fp16"])
-    if "bf16" in settings.precisions and prove_bf16(graphs[fp32], chain, fp32, load_graph, say):
-        proven.append("bf16")
+    if "bf16" in settings.precisions:
+        passed, details["bf16"] = prove_bf16(graphs[fp32], scratch, chain, fp32, load_graph, say)
+        proven += ["bf16"] * passed
     if "int8" in settings.precisions:
         tiles = real_tiles(fold_samples(settings, "train"), card, card.input.size, settings.calibration)
         int8, details["int8"] = make_int8(graphs[fp32], scratch, chain, fp32, load_graph, tiles, say)

@@ -28,7 +28,7 @@ from nsam.runtime.options import SCALE, Command, names_of
     default=",".join(PRECISIONS),
     callback=names_of(PRECISIONS),
     help="What to prove and make, separated by commas. fp32 always is; int8 only if it is exact enough and faster "
-    "here; bf16 needs OpenVINO and a CPU that has it.",
+    "here.",
 )
 @click.option("--tensorrt", is_flag=True, help="Also build TensorRT's engine for the GPU at hand.")
 @click.option("--force", is_flag=True, help="Keep the files when a link fails its gate; the card then says so.")

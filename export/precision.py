@@ -1,4 +1,5 @@
-"""fp32 graph -> strongly typed fp16 graph, and the same rounding in fp32 arithmetic, to prove it on a CPU.
+"""fp32 graph -> strongly typed fp16 graph; and the rounding of fp16 and bf16 in fp32 arithmetic, to prove both on any
+CPU.
 
 TensorRT 11 has no weak typing left: the graph itself must say what is fp16. ONNX Runtime's CPU provider runs fp16
 nodes in fp32 and drops the casts between them, so comparing with it would prove nothing; `rounded` writes the casts
@@ -7,7 +8,7 @@ out where it must honour them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,12 +138,7 @@ def rounded(source: Path, target: Path) -> None:
                 nodes.append(helper.make_node("Identity", node.input, node.output, node.name))
                 continue
             to.i = TensorProto.FLOAT if to.i == TensorProto.FLOAT16 else to.i
-        names = [name for name in node.output if name in halves]
-        node.output[:] = [f"{name}.exact" if name in halves else name for name in node.output]
-        nodes.append(node)
-        for name in names:
-            nodes.append(helper.make_node("Cast", [f"{name}.exact"], [f"{name}.half"], to=TensorProto.FLOAT16))
-            nodes.append(helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT))
+        nodes += _rounding(node, halves, TensorProto.FLOAT16)
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
     for tensor in graph.initializer:
@@ -150,6 +146,40 @@ def rounded(source: Path, target: Path) -> None:
             value = numpy_helper.to_array(tensor).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
     onnx.save(model, target)
+
+
+def rounded_to_bf16(source: Path, target: Path) -> None:
+    """fp32 graph -> the same that rounds weights and each tensor to bf16, with sums in fp32.
+
+    OpenVINO in bf16 keeps some tensors in fp32: on eight tiles of 0.8.0 it moved maps by .00036 in the mean, this by
+    .0005.
+    """
+    model = onnx.load(source)
+    graph = model.graph
+    floats = float_tensors(model)
+    nodes = [part for node in graph.node for part in _rounding(node, floats, TensorProto.BFLOAT16)]
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) > 1:
+            tensor.CopyFrom(numpy_helper.from_array(_as_bf16(numpy_helper.to_array(tensor)), tensor.name))
+    onnx.save(model, target)
+
+
+def _rounding(node: NodeProto, chosen: Collection[str], to: int) -> list[NodeProto]:
+    """The node and, behind each chosen output, casts to a type and back."""
+    nodes, wanted = [node], [name for name in node.output if name in chosen]
+    node.output[:] = [f"{name}.exact" if name in chosen else name for name in node.output]
+    for name in wanted:
+        nodes.append(helper.make_node("Cast", [f"{name}.exact"], [f"{name}.short"], to=to))
+        nodes.append(helper.make_node("Cast", [f"{name}.short"], [name], to=TensorProto.FLOAT))
+    return nodes
+
+
+def _as_bf16(value: np.ndarray) -> np.ndarray:
+    """fp32 -> the nearest bf16, ties to even, as fp32."""
+    bits = value.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
 
 
 def _as_fp16(value: np.ndarray, name: str) -> np.ndarray:

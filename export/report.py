@@ -43,6 +43,8 @@ def as_markdown(proof: dict[str, Any], card: ModelCard) -> str:
     ]
     if "fp16" in proof:
         parts += _fp16(proof["fp16"])
+    if "bf16" in proof:
+        parts += _bf16(proof["bf16"], "bf16" in card.proven)
     if "int8" in proof:
         parts += _int8(proof["int8"])
     return "\n".join(parts)
@@ -61,6 +63,15 @@ def _fp16(details: dict[str, Any]) -> list[str]:
             ((f"`{e['tensor']}`", f"{e['max_abs']:.0f}") for e in details["largest_activations"]),
         ),
     ]
+
+
+def _bf16(details: dict[str, Any], passed: bool) -> list[str]:
+    how = (
+        "by a graph that rounds weights and every tensor to bf16, with sums in fp32: the CPU at hand had none."
+        if details["rounded"]
+        else "by OpenVINO on a CPU that has it."
+    )
+    return ["## bf16\n", f"{'Proven' if passed else 'Not proven'} {how}\n"]
 
 
 def _int8(details: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nsam.runtime.errors import InputError
 
-#: bf16 needs no file: it is tried with OpenVINO over fp32's.
+#: bf16 needs no file: OpenVINO runs fp32's so.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 

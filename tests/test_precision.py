@@ -8,11 +8,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from nsam.export import int8, variants
 from nsam.export.graph import check_graph
-from nsam.export.precision import Kept, keep_list, rounded, to_fp16
+from nsam.export.precision import Kept, keep_list, rounded, rounded_to_bf16, to_fp16
 from nsam.export.ranges import activation_ranges
 from nsam.runtime.errors import ModelError
 
@@ -55,6 +56,32 @@ def test_the_proof_rounds_where_onnx_runtime_would_not(add_and_take: Path, tmp_p
     np.testing.assert_array_equal(exact, [[2, 2, 4]])
     np.testing.assert_array_equal(run(tmp_path / "rounded.onnx", image=IMAGE), exact)
     assert np.abs(run(tmp_path / "half.onnx", image=IMAGE) - exact).max() > 0.1, "then `rounded` has lost its reason"
+
+
+def test_bf16_is_rounded_as_torch_rounds_it(tmp_path: Path) -> None:
+    weights = np.random.default_rng(0).normal(0, 1, (3, 5)).astype(np.float32)
+    nodes = [
+        helper.make_node("Cast", ["image"], ["x"], "cast", to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["x", "weights"], ["product"], "product"),
+        helper.make_node("Mul", ["product", "product"], ["maps"], "square"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["n", 3])],
+        [helper.make_tensor_value_info("maps", TensorProto.FLOAT, ["n", 5])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, tmp_path / "plain.onnx")
+    rounded_to_bf16(tmp_path / "plain.onnx", tmp_path / "rounded.onnx")
+
+    def short(x: torch.Tensor) -> torch.Tensor:
+        return x.bfloat16().float()
+
+    product = short(torch.from_numpy(IMAGE).float() @ short(torch.from_numpy(weights)))
+    np.testing.assert_array_equal(run(tmp_path / "rounded.onnx", image=IMAGE), short(product * product).numpy())
+    assert np.abs(run(tmp_path / "plain.onnx", image=IMAGE) - short(product * product).numpy()).max() > 0.01
 
 
 def test_kept_nodes_stay_fp32(add_and_take: Path, tmp_path: Path) -> None:
