@@ -1,4 +1,4 @@
-"""BCE and soft Dice for the nucleus channel, squared error for the distance inside nuclei and a thin ring."""
+"""BCE and soft Dice for the nucleus channel, smooth L1 for the distance inside nuclei and a thin ring."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from torch import Tensor
 from nsam.train.parallel import ALONE, Group
 
 RING_PX = 3  # output px around a nucleus where its distance must be 0
-DISTANCE = 6.0  # weight of that term: its errors are some .1 and are squared
-TOUCHING = 4.0  # by which a border between two nuclei outweighs other px: the nucleus channel does not show it
 
 
 def map_losses(
@@ -35,11 +33,8 @@ def map_losses(
                 terms["dice"] = soft_dice(maps[:, i].sigmoid(), targets[:, i], group)
         elif name == "distance":
             near = F.max_pool2d((targets[:, 0:1] > 0).float(), 2 * RING_PX + 1, 1, RING_PX)[:, 0]
-            amid = -F.max_pool2d(-targets[:, 0:1], 3, 1, 1)[:, 0]  # 1 where all px around are nucleus
-            weight = near * (1 + TOUCHING * amid * (1 - targets[:, i]) ** 4)
-            # Squared: where a border may be in several places, the mean of them is a valley; their median is none.
-            error = (maps[:, i] - targets[:, i]) ** 2
-            terms["distance"] = DISTANCE * group.sum((error * weight).sum()) / group.sum(near.sum()).clamp(min=1)
+            error = F.smooth_l1_loss(maps[:, i], targets[:, i], beta=0.1, reduction="none")
+            terms["distance"] = 2 * group.sum((error * near).sum()) / group.sum(near.sum()).clamp(min=1)
     return terms
 
 
