@@ -185,7 +185,7 @@ def test_a_crash_of_onnxsim_keeps_the_unsimplified_graph(
 ) -> None:
     monkeypatch.setattr(graph, "_SIMPLIFY", "import os; os.abort()")
     lines: list[str] = []
-    settings = Settings(run / "fold0", tmp_path / "m", tiles=2, precisions=("fp32",))
+    settings = Settings(run / "fold0", tmp_path / "m", tiles=2, tile=(448,), precisions=("fp32",))
     export_build.build(settings, lines.append)
     assert any("warning: onnxsim ended with -6" in line for line in lines)
     assert [link["after"] for link in json.loads((tmp_path / "m" / "parity.json").read_text())["links"]] == [
@@ -205,7 +205,8 @@ def test_a_link_that_fails_leaves_no_model(run: Path, tmp_path: Path, monkeypatc
         return merged
 
     monkeypatch.setattr(export_build, "load_merged", wrong)
-    options = [str(run / "fold0"), "--out", str(tmp_path / "m"), "--tiles", "2", "--precisions", "fp32"]
+    options = [str(run / "fold0"), "--out", str(tmp_path / "m"), "--tiles", "2", "--tile", "448"]
+    options += ["--precisions", "fp32"]
     result = CliRunner().invoke(export_main, options)
     assert result.exit_code == 2
     assert "parity `torch -> merged` failed" in result.stderr
