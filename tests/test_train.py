@@ -382,7 +382,7 @@ def test_a_disk_that_refuses_is_one_line(tmp_path: Path, discs: Path) -> None:
     options = ["--base", "none", "--tune", "full", "--fold", "0", "--crop", "32", "--batch", "2", "--steps", "1"]
     result = CliRunner().invoke(main, [str(discs), "--out", str(tmp_path), *options, "--workers", "0"])
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"nsam-train: `{tmp_path / 'fold0' / 'last.pt'}`: cannot be written (")
+    assert result.stderr.startswith(f"Error: `{tmp_path / 'fold0' / 'last.pt'}`: cannot be written (")
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -394,8 +394,11 @@ def test_too_little_memory_is_one_line(tmp_path: Path, discs: Path, monkeypatch:
     command = [str(discs), "--out", str(tmp_path), "--base", "none", "--fold", "0"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 2
-    assert result.stderr.splitlines() == ["nsam-train: out of memory; give a smaller --batch, and another --out"]
-    assert isinstance(CliRunner().invoke(main, [*command, "--resume", "-v"]).exception, torch.OutOfMemoryError)
+    assert result.stderr.splitlines() == ["Error: out of memory; give a smaller --batch, and another --out"]
+    told = CliRunner().invoke(main, [*command, "--resume", "-v"])
+    assert told.exit_code == 2
+    assert "torch.OutOfMemoryError: CUDA out of memory" in told.stderr
+    assert told.stderr.endswith(result.stderr)
 
 
 def test_a_run_is_not_overwritten_or_mixed(tmp_path: Path, discs: Path) -> None:
