@@ -66,7 +66,7 @@ def true_parts(truth: Labels, labels: Labels) -> Labels:
     )
     owner = np.zeros(place.max() + 1, np.int32)
     owner[place[known]] = truth[known]
-    return np.where(np.isin(labels, np.unique(labels[known])) & (labels > 0), owner[place] + labels.max(), labels)
+    return np.where(drop_false(truth, labels) > 0, owner[place] + labels.max(), labels)
 
 
 MENDED: dict[str, Callable[[Labels, Labels], Labels]] = {

@@ -143,7 +143,8 @@ def _build_in(
         shipped["model.fp16.onnx"] = ("fp16", graphs["fp16"])
     if "bf16" in settings.precisions:
         passed, details["bf16"] = prove_bf16(graphs[fp32], scratch, chain, fp32, load_graph, say)
-        proven += ["bf16"] * passed
+        if passed:
+            proven.append("bf16")
     if "int8" in settings.precisions:
         tiles = real_tiles(fold_samples(settings, "train"), card, card.input.size, settings.calibration)
         int8, details["int8"] = make_int8(graphs[fp32], scratch, chain, fp32, load_graph, tiles, say)

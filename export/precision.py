@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from nsam.export.graph import check_graph
@@ -161,7 +162,8 @@ def rounded_to_bf16(source: Path, target: Path) -> None:
     graph.node.extend(nodes)
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) > 1:
-            tensor.CopyFrom(numpy_helper.from_array(_as_bf16(numpy_helper.to_array(tensor)), tensor.name))
+            value = torch.tensor(numpy_helper.to_array(tensor)).bfloat16().float().numpy()
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
     onnx.save(model, target)
 
 
@@ -173,12 +175,6 @@ def _rounding(node: NodeProto, chosen: Collection[str], to: int) -> list[NodePro
         nodes.append(helper.make_node("Cast", [f"{name}.exact"], [f"{name}.short"], to=to))
         nodes.append(helper.make_node("Cast", [f"{name}.short"], [name], to=TensorProto.FLOAT))
     return nodes
-
-
-def _as_bf16(value: np.ndarray) -> np.ndarray:
-    """fp32 -> the nearest bf16, ties to even, as fp32."""
-    bits = value.view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
 
 
 def _as_fp16(value: np.ndarray, name: str) -> np.ndarray:

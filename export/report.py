@@ -67,7 +67,7 @@ def _fp16(details: dict[str, Any]) -> list[str]:
 
 def _bf16(details: dict[str, Any], passed: bool) -> list[str]:
     how = (
-        "by a graph that rounds weights and every tensor to bf16, with sums in fp32: the CPU at hand had none."
+        "by a graph that rounds weights and every tensor to bf16, with sums in fp32: OpenVINO's could not be had."
         if details["rounded"]
         else "by OpenVINO on a CPU that has it."
     )

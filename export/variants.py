@@ -57,8 +57,8 @@ def make_fp16(graph: Path, scratch: Path, chain: Chain, before: str, load: Load)
 def prove_bf16(
     graph: Path, scratch: Path, chain: Chain, before: str, load: Load, say: Callable[[str], None]
 ) -> tuple[bool, dict[str, Any]]:
-    """Whether the fp32 file in bf16 passes the gate, by OpenVINO, or by its rounding in fp32 arithmetic where this CPU
-    has no bf16; and which, for the report.
+    """Whether the fp32 file in bf16 passes the gate, by OpenVINO, or by its rounding in fp32 arithmetic where that
+    cannot be had; and which, for the report.
     """
     try:
         engine = load(graph, "openvino", "bf16")

@@ -23,26 +23,30 @@ def run(path: Path, **inputs: np.ndarray) -> np.ndarray:
     return result
 
 
+def write_graph(path: Path, nodes: list[onnx.NodeProto], width: int, **weights: np.ndarray) -> Path:
+    """A graph image (n, 3) uint8 -> maps (n, width) float32."""
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["n", 3])],
+        [helper.make_tensor_value_info("maps", TensorProto.FLOAT, ["n", width])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    return path
+
+
 @pytest.fixture
 def add_and_take(tmp_path: Path) -> Path:
     """image -> float -> x 1.3 -> + 2048 -> - 2048: in fp16 only even numbers are left of it."""
-    value = numpy_helper.from_array
     nodes = [
         helper.make_node("Cast", ["image"], ["x"], "cast", to=TensorProto.FLOAT),
         helper.make_node("Mul", ["x", "factor"], ["scaled"], "mul"),
         helper.make_node("Add", ["scaled", "big"], ["sum"], "add"),
         helper.make_node("Sub", ["sum", "big"], ["maps"], "sub"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["n", 3])],
-        [helper.make_tensor_value_info("maps", TensorProto.FLOAT, ["n", 3])],
-        [value(np.array([1.3], np.float32), "factor"), value(np.array([2048], np.float32), "big")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    onnx.save(model, tmp_path / "plain.onnx")
-    return tmp_path / "plain.onnx"
+    factor, big = np.array([1.3], np.float32), np.array([2048], np.float32)
+    return write_graph(tmp_path / "plain.onnx", nodes, 3, factor=factor, big=big)
 
 
 IMAGE = np.array([[1, 2, 3]], np.uint8)
@@ -65,15 +69,7 @@ def test_bf16_is_rounded_as_torch_rounds_it(tmp_path: Path) -> None:
         helper.make_node("MatMul", ["x", "weights"], ["product"], "product"),
         helper.make_node("Mul", ["product", "product"], ["maps"], "square"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["n", 3])],
-        [helper.make_tensor_value_info("maps", TensorProto.FLOAT, ["n", 5])],
-        [numpy_helper.from_array(weights, "weights")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    onnx.save(model, tmp_path / "plain.onnx")
+    write_graph(tmp_path / "plain.onnx", nodes, 5, weights=weights)
     rounded_to_bf16(tmp_path / "plain.onnx", tmp_path / "rounded.onnx")
 
     def short(x: torch.Tensor) -> torch.Tensor:

@@ -34,9 +34,11 @@ class Group:
 
         Unused parts, such as the IoU head, need a static graph.
         """
+        if self.size == 1:
+            return model
         # Of depthwise filters (256, 1, 3, 3): a side of 1 has any stride, and the memory is the same.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view", UserWarning)
-        return DistributedDataParallel(model, static_graph=True) if self.size > 1 else model
+        return DistributedDataParallel(model, static_graph=True)
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of all processes' parts; its gradient is right once `spread` has taken the mean of theirs."""
