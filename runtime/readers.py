@@ -71,7 +71,7 @@ class OpenSlideSlide(Slide):
 
 
 class TiffSlide(Slide):
-    """A tiled TIFF of 8 bit RGB, with or without pyramid; only the tiles asked for are decoded."""
+    """A tiled TIFF of 8 bits, with or without pyramid; only the tiles asked for are decoded."""
 
     def __init__(self, path: Path, tif: tifffile.TiffFile, pages: Sequence[Any], mpp: tuple[float | None, str]) -> None:
         self.path = path
@@ -98,8 +98,8 @@ class TiffSlide(Slide):
             with self._lock:
                 self._tif.filehandle.seek(page.dataoffsets[index])
                 data = self._tif.filehandle.read(page.databytecounts[index])
-            tile: NDArray[np.uint8] = page.decode(data, index, jpegtables=page.jpegtables)[0][0]
-        return tile
+            tile = page.decode(data, index, jpegtables=page.jpegtables)[0][0]
+        return _rgb(page, tile, self.path)
 
 
 def openslide_vendor(path: Path) -> str | None:
@@ -109,7 +109,7 @@ def openslide_vendor(path: Path) -> str | None:
 
 
 def open_tiff(path: Path) -> Slide:
-    """A TIFF or OME-TIFF of one plane. Tiled RGB of 8 bits is read piecewise, everything else held in memory.
+    """A TIFF or OME-TIFF of one plane. Tiles of 8 bits are read piecewise, everything else held in memory.
 
     Raises:
         InputError: damaged, cut off, several planes, or pixels that `to_rgb8` refuses.
@@ -126,7 +126,8 @@ def open_tiff(path: Path) -> Slide:
         if max(ends) > tif.filehandle.size:
             raise InputError(f"`{path}`: the file is cut off, pixels are missing; copy it again")
         mpp = tiff_mpp(tif)
-        if all(page.is_tiled and page.dtype == np.uint8 and page.axes == "YXS" and _is_rgb(page) for page in pages):
+        # Of 16 bits the brightest pixel decides how many count, so they are read whole.
+        if all(page.is_tiled and page.dtype == np.uint8 and page.axes != "SYX" and _is_plain(page) for page in pages):
             if any(len(page.databytecounts) != math.prod(page.chunked) for page in pages):
                 raise InputError(f"`{path}`: its size and its number of tiles disagree; the file is damaged")
             stack.pop_all()  # the slide closes the file
@@ -161,6 +162,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except MemoryError as error:
+        raise InputError(f"`{path}`: too large for this memory in one piece; save it as tiled 8 bit RGB") from error
     except Exception as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"`{path}`: cannot be read, it is damaged, cut off or not an image ({detail})") from error
@@ -182,22 +185,29 @@ def _assembled(
     return region
 
 
-def _is_rgb(page: Any) -> bool:
-    """Whether tifffile decodes the page to three RGB samples."""
+def _is_plain(page: Any) -> bool:
+    """Whether tifffile decodes the page to grey or RGB, perhaps with alpha."""
     jpeg = page.photometric == tifffile.PHOTOMETRIC.YCBCR and page.compression == tifffile.COMPRESSION.JPEG
-    return bool(page.samplesperpixel == 3 and (jpeg or page.photometric == tifffile.PHOTOMETRIC.RGB))
+    plain = page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.MINISBLACK)
+    return bool(plain or (jpeg and page.samplesperpixel == 3))
+
+
+def _rgb(page: Any, pixels: NDArray[Any], path: Path) -> NDArray[np.uint8]:
+    """Samples of a plain page, or of a part of it, as (H, W, 3) uint8 RGB."""
+    if page.axes == "SYX":
+        pixels = np.moveaxis(pixels, 0, -1)
+    if page.extrasamples and page.extrasamples[0] == tifffile.EXTRASAMPLE.UNSPECIFIED:
+        pixels = pixels[..., : -len(page.extrasamples)]  # not alpha
+    return to_rgb8(pixels, str(path))
 
 
 def _whole_page(path: Path, page: Any) -> NDArray[np.uint8]:
     """A page as (H, W, 3) uint8 RGB."""
-    if not (_is_rgb(page) or page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.MINISBLACK)):
+    if not _is_plain(page):
         if page.photometric != tifffile.PHOTOMETRIC.MINISWHITE or page.dtype != np.uint16:
             return _load(path, ("TIFF",))  # Pillow knows palettes, CMYK and white as zero, but of 8 bits only
         return to_rgb8(65535 - page.asarray(), str(path))
-    pixels = page.asarray()
-    if page.extrasamples and page.extrasamples[0] == tifffile.EXTRASAMPLE.UNSPECIFIED and page.axes == "YXS":
-        pixels = pixels[..., : -len(page.extrasamples)]  # not alpha
-    return to_rgb8(np.moveaxis(pixels, 0, -1) if page.axes == "SYX" else pixels, str(path))
+    return _rgb(page, page.asarray(), path)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from PIL import Image
 
 from nsam.runtime.errors import InputError
 from nsam.runtime.pixels import to_rgb8
+from nsam.runtime.readers import TiffSlide
 from nsam.runtime.slides import ArraySlide, Slide, open_slide, read_input, read_overview
 from nsam.runtime.tiles import Box, Grid
 
@@ -107,6 +108,42 @@ def test_tiff_of_16_bits_and_of_grey(tmp_path: Path, noise: Pixels) -> None:
     np.testing.assert_array_equal(whole(tmp_path / "a.tif"), noise)
     tifffile.imwrite(tmp_path / "b.tif", noise[..., 0])
     np.testing.assert_array_equal(whole(tmp_path / "b.tif"), np.repeat(noise[..., :1], 3, axis=2))
+
+
+@pytest.mark.parametrize("planarconfig", ["contig", "separate"])
+@pytest.mark.parametrize("extra", ["unassalpha", "unspecified"])
+def test_tiff_with_a_fourth_sample(tmp_path: Path, noise: Pixels, planarconfig: str, extra: str) -> None:
+    """Alpha is composed on white, whatever the layout; any other sample is left out."""
+    fourth = np.zeros(noise.shape[:2], np.uint8)
+    fourth[:, :90] = 255
+    four = np.dstack([noise, fourth])
+    data = np.moveaxis(four, -1, 0) if planarconfig == "separate" else four
+    options = {"photometric": "rgb", "planarconfig": planarconfig, "extrasamples": [extra]}
+    expected = np.where(fourth[..., None] == 0, 255, noise) if extra == "unassalpha" else noise
+    for name, layout in (("a.tif", {}), ("b.tif", {"tile": (64, 64), "compression": "zlib"})):
+        tifffile.imwrite(tmp_path / name, data, **options, **layout)
+        np.testing.assert_array_equal(whole(tmp_path / name), expected)
+
+
+def test_tiles_of_8_bits_are_read_piecewise(tmp_path: Path, noise: Pixels) -> None:
+    """With alpha and of grey, too: a whole slide in memory would be too much."""
+    for name, samples in (("rgb", noise), ("rgba", np.dstack([noise, noise[..., :1]])), ("grey", noise[..., 0])):
+        path = tmp_path / f"{name}.tif"
+        photometric = "minisblack" if name == "grey" else "rgb"
+        tifffile.imwrite(path, samples, photometric=photometric, tile=(64, 64), compression="zlib")
+        with open_slide(path) as slide:
+            assert isinstance(slide, TiffSlide)
+        np.testing.assert_array_equal(whole(path), to_rgb8(samples, name))
+
+
+def test_too_little_memory_is_no_damage(tmp_path: Path, noise: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError("Unable to allocate 13.4 GiB")
+
+    tifffile.imwrite(tmp_path / "a.tif", noise, photometric="rgb")
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", refuse)
+    with pytest.raises(InputError, match="too large for this memory in one piece; save it as tiled 8 bit RGB"):
+        open_slide(tmp_path / "a.tif")
 
 
 def test_tiff_where_zero_is_white(tmp_path: Path, noise: Pixels) -> None:
