@@ -1,11 +1,13 @@
 """Finished rows of blocks on disk: what a killed run has done of a slide is not done again.
 
 A band holds the nuclei that a row of blocks owns. Bands can be made in any order and by any process; the results
-are assembled from them top to bottom. Files are numpy archives without pickle, moved into place whole.
+are assembled from them top to bottom. Files are numpy archives without pickle, moved into place whole, and named after
+all that decides over them: runs of different settings in one folder never take each other's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import shutil
 import zipfile
@@ -17,8 +19,7 @@ from numpy.typing import NDArray
 
 from nsam.runtime.files import output_errors, write_bytes
 from nsam.runtime.measure import Nucleus
-
-FOLDER = "bands.part"  # no result: it goes when the results are there
+from nsam.runtime.settings import BANDS_NAME
 
 _NUMBERS = tuple(name for name in Nucleus._fields if name != "mask")
 
@@ -30,13 +31,10 @@ class BandStore:
         """
         Args:
             folder: the slide's result folder.
-            key: all that decides over the bands; those of another key are thrown away.
+            key: all that decides over the bands.
         """
-        self._folder = folder / FOLDER
-        self._key = key
-        stamp = self._folder / "key"
-        if self._folder.is_dir() and (not stamp.is_file() or stamp.read_bytes() != key.encode()):
-            self.clear()
+        self._folder = folder / BANDS_NAME
+        self._tag = hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def has(self, index: int) -> bool:
         """Whether band `index` is finished."""
@@ -56,20 +54,18 @@ class BandStore:
         Raises:
             OutputError: the folder cannot be written.
         """
-        if not (self._folder / "key").is_file():
-            with output_errors(self._folder):
-                self._folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(self._folder / "key", self._key.encode())
+        with output_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
         np.savez(content, **pack(nuclei))
         write_bytes(self._path(index), content.getvalue())
 
     def clear(self) -> None:
-        """Remove all bands."""
+        """Remove all bands, those of other keys too: the slide's results are there."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, index: int) -> Path:
-        return self._folder / f"{index:06d}.npz"
+        return self._folder / f"{index:06d}-{self._tag}.npz"
 
 
 def pack(nuclei: list[Nucleus]) -> dict[str, Any]:

@@ -16,13 +16,13 @@ import click
 
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import OutputError
-from nsam.runtime.files import output_errors, write_csv, write_text
+from nsam.runtime.files import output_errors, printable, write_csv, write_text
 from nsam.runtime.inputs import Source, find_slides, folder_names
 from nsam.runtime.job import Job, to_json
 from nsam.runtime.outcome import Outcome
 from nsam.runtime.progress import Progress, progress
-from nsam.runtime.report import report_at_end
-from nsam.runtime.results import UNREADABLE, read_failures
+from nsam.runtime.report import REPORT_NAME, report_at_end
+from nsam.runtime.results import FAILED_NAME, RUN_NAME, UNREADABLE, read_failures, read_json
 from nsam.runtime.settings import Settings
 from nsam.runtime.sinks import check_parquet
 
@@ -43,29 +43,35 @@ def run(settings: Settings) -> int:
     if "parquet" in settings.outputs:
         check_parquet()
     _check_writable(settings.out)
+    if not settings.overwrite:
+        _check_ours(settings.out)
     job = Job.of(settings)
-    failed_csv = settings.out / "failed.csv"
+    failed_csv = settings.out / FAILED_NAME
     failures: list[Outcome] = []
     done = skipped = nuclei = 0
     mm2 = 0.0
-    with report_at_end(settings.out), _place(settings) as place, progress(len(sources)) as bar:
+    with _place(settings) as place, report_at_end(settings.out), progress(len(sources)) as bar:
         device = place.begin(job)
         bar.say(f"device: {device}")
-        write_text(settings.out / "run.json", describe(settings, job.card, device, job.run_hash))
-        ours = {name for source in sources for name in (str(source.path), source.real_path)}
+        write_text(settings.out / RUN_NAME, describe(settings, job.card, device, job.run_hash))
+        ours = {printable(name) for source in sources for name in (source.path.absolute(), source.real_path)}
         _write_failures(failed_csv, ours, [])
+
+        def note(failures: list[Outcome]) -> None:
+            try:
+                _write_failures(failed_csv, ours, failures)
+            except OutputError as error:  # a full disk, say; others may still be skipped or be told why they fail
+                bar.say(str(error), error=True)
+
         names = folder_names([source.path for source in sources], settings.out)
         work = {source: settings.out / names[source.path] for source in sources}
         order = {source: i for i, source in enumerate(sources)}
-        for outcome in place.outcomes(job, work, bar):
+        for outcome in _outcomes(place, job, work, bar):
             path = outcome.source.path
             if outcome.failure:
                 bar.say(f"failed: {outcome.failure[1]}", error=True)
                 failures = sorted([*failures, outcome], key=lambda failed: order[failed.source])
-                try:
-                    _write_failures(failed_csv, ours, failures)
-                except OutputError as error:  # a full disk, say; others may still be skipped or be told why they fail
-                    bar.say(str(error), error=True)
+                note(failures)
             elif outcome.nuclei is None:
                 skipped += 1
                 bar.say(f"{path}: done before, skipped")
@@ -77,12 +83,26 @@ def run(settings: Settings) -> int:
                 )
                 for remark in outcome.remarks:
                     bar.say(f"{path}: {remark}")
+        note(failures)  # another run, too, may have said something of these slides that no longer holds
     seconds = time.monotonic() - begin
     click.echo(
         f"{done} slides done, {skipped} skipped, {len(failures)} failed; "
         f"{nuclei} nuclei in {mm2:.3g} mm², {seconds:.1f} s ({mm2 / seconds:.2g} mm²/s)"
     )
     return len(failures)
+
+
+def _outcomes(place: Place, job: Job, work: dict[Source, Path], bar: Progress) -> Iterator[Outcome]:
+    """What becomes of each slide; those that another run is writing are looked at again when the others are done."""
+    busy = {}
+    for outcome in place.outcomes(job, work, bar):
+        if outcome.failure and outcome.failure[0] == "busy":
+            busy[outcome.source] = work[outcome.source]
+            bar.say(f"{outcome.source.path}: another run is writing it; looked at again when the others are done")
+        else:
+            yield outcome
+    if busy:
+        yield from place.outcomes(job, busy, bar)
 
 
 class Place(Protocol):
@@ -149,6 +169,13 @@ def _check_writable(out: Path) -> None:
         probe.unlink(missing_ok=True)  # by another run
 
 
+def _check_ours(out: Path) -> None:
+    """Files of these names may be somebody else's."""
+    there = [out / name for name in (RUN_NAME, FAILED_NAME, REPORT_NAME) if (out / name).exists()]
+    if there and "run_hash" not in read_json(out / RUN_NAME):
+        raise OutputError(f"`{there[0]}`: is of no run of nsam; pass --overwrite to replace it, or another --out")
+
+
 def _write_failures(path: Path, ours: set[str], failures: list[Outcome]) -> None:
     """`failed.csv`: what earlier runs, or others beside this one, say of slides that are not of this run; then its own.
 
@@ -161,7 +188,8 @@ def _write_failures(path: Path, ours: set[str], failures: list[Outcome]) -> None
         for row in read_failures(path)
         if row[1] != UNREADABLE and row[0] not in ours and os.path.realpath(row[0]) not in ours
     ]
-    rows += [(str(failed.source.path), *(failed.failure or ("", ""))) for failed in failures]
+    # Whole paths: the next run may begin in another folder.
+    rows += [(str(failed.source.path.absolute()), *(failed.failure or ("", ""))) for failed in failures]
     if not rows:
         with output_errors(path):
             path.unlink(missing_ok=True)

@@ -22,6 +22,10 @@ class OutputError(NsamError):
     """Results that cannot be written, or that would overwrite others."""
 
 
+class BusyError(OutputError):
+    """Results that another process is writing."""
+
+
 class DeviceError(NsamError):
     """A device that was asked for and cannot be had."""
 

@@ -19,7 +19,12 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    write_bytes(path, text.encode(errors="backslashreplace"))  # names of files may be no UTF-8
+    write_bytes(path, printable(text).encode())
+
+
+def printable(name: str | Path) -> str:
+    """A text that UTF-8 can hold; names of files may be none."""
+    return str(name).encode(errors="backslashreplace").decode()
 
 
 def write_csv(path: Path, names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

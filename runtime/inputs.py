@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from nsam.runtime.errors import InputError
 from nsam.runtime.results import read_json
-from nsam.runtime.settings import DONE_NAME, RESULT_NAMES
+from nsam.runtime.settings import BANDS_NAME, DONE_NAME, RESULT_NAMES
 from nsam.runtime.slides import EXTENSIONS, MPP_RANGE
 
 #: Many `.dcm` make up one DICOM slide: found in a folder they would count once each, so one has to be named.
@@ -41,6 +41,11 @@ class Source(NamedTuple):
     def size(self) -> int:
         """Bytes of the file, without opening it; 0 where there is none."""
         return os.path.getsize(self.path) if os.path.exists(self.path) else 0
+
+    @property
+    def modified_ns(self) -> int:
+        """When the file was last written, ns since 1970; 0 where there is none."""
+        return self.path.stat().st_mtime_ns if os.path.exists(self.path) else 0
 
 
 def find_slides(inputs: Sequence[str], mask_dir: Path | None = None) -> list[Source]:
@@ -195,7 +200,7 @@ def _mask_in(folder: Path, slide: Path) -> Path:
 
 
 def _is_result(path: Path) -> bool:
-    return path.name in RESULT_NAMES and (path.parent / DONE_NAME).is_file()
+    return path.name in RESULT_NAMES and any((path.parent / sign).exists() for sign in (DONE_NAME, BANDS_NAME))
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -205,7 +210,8 @@ def _below(folder: Path) -> Iterator[Path]:
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(root)
-        if real in seen or DONE_NAME in files:  # a link back; results: an overlay is no slide
+        # A link back; results, or what a stopped run left of them: an overlay is no slide.
+        if real in seen or DONE_NAME in files or BANDS_NAME in folders:
             folders.clear()
             continue
         seen.add(real)

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from nsam.runtime import engines
-from nsam.runtime.bands import FOLDER as BANDS
 from nsam.runtime.bands import BandStore
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import InputError, OutputError
-from nsam.runtime.files import write_text
+from nsam.runtime.files import printable, write_text
 from nsam.runtime.frame import Frame
 from nsam.runtime.inputs import Source
 from nsam.runtime.lock import alone
@@ -28,7 +27,7 @@ from nsam.runtime.outcome import Failed, Outcome, at
 from nsam.runtime.pipeline import Progress, make_bands, segment_slide
 from nsam.runtime.region import Region
 from nsam.runtime.results import read_json
-from nsam.runtime.settings import DONE_NAME, OUTPUTS, RESULT_NAMES, Settings
+from nsam.runtime.settings import BANDS_NAME, DONE_NAME, OUTPUTS, RESULT_NAMES, Settings
 from nsam.runtime.slides import Slide, open_slide
 from nsam.runtime.writers import write_results
 
@@ -80,51 +79,38 @@ class Job:
         Raises:
             Failed: with stage and reason.
         """
-        outputs = self.settings.outputs
-        slide_hash = self._slide_hash(source)
-        same, complete = self.earlier(source, folder)
-        if complete:
+        if self.earlier(source, folder)[1]:
             return None
         start = time.monotonic()
-        with self.opened(source) as (slide, frame, mpp_source):
-            mpp, size = frame.mpp, source.size
-            with at("infer"), alone(folder):
-                store = self._store(source, folder, mpp)
-                strips = segment_slide(
-                    slide,
-                    self.engine(),
-                    mpp,
-                    region=frame.region,
-                    batch=self.settings.batch,
-                    workers=self._workers(),
-                    store=store,
-                    on_progress=on_progress,
-                )
-                found = write_results(strips, slide, mpp, folder, outputs, frame.region)
-        width, height = slide.size_wh
-        region_mm2 = frame.region.area_px * mpp**2 / 1e6
-        tiles = sum(map(len, frame.tiles))
-        done = {
-            "path": source.real_path,
-            "bytes": size,  # another slide may come to lie at the same path
-            "size_wh_px": [width, height],
-            "mpp": mpp,
-            "mpp_source": mpp_source,
-            "origin_xy_px": list(slide.origin_xy),  # of the GeoJSON; all else counts from the file's own corner
-            **found,
-            "area_mm2": width * height * mpp**2 / 1e6,
-            "region_mm2": region_mm2,  # the part that was worked on: tissue, the mask or the rectangle
-            "nuclei_per_mm2": found["nuclei"] / region_mm2 if region_mm2 else 0.0,
-            "tile_px": frame.tile_px,  # side of the network's tiles, px at the model's scale
-            "tiles": tiles,
-            "tiles_skipped": tiles - frame.tiles_wanted,
-            "seconds": round(time.monotonic() - start, 3),
-            "nsam": version("nsam"),
-            "run_hash": slide_hash,
-        }
-        with at("write"):
+        with self.opened(source) as (slide, frame, mpp_source), at("infer"), alone(folder):
+            same, complete = self.earlier(source, folder)  # another run may have ended by now
+            if complete:
+                return None
+            about, engine = self._about(source), self.engine()
+            if not about["bytes"]:
+                raise InputError(f"`{source.path}`: went away while it was read")
+            store = self._store(source, folder, frame.mpp)
+            strips = segment_slide(
+                slide,
+                engine,
+                frame.mpp,
+                region=frame.region,
+                batch=self.settings.batch,
+                workers=self._workers(),
+                store=store,
+                on_progress=on_progress,
+            )
+            found = write_results(strips, slide, frame.mpp, folder, self.settings.outputs, frame.region)
+            done = {
+                **about,
+                **_facts(slide, frame, mpp_source, found),
+                "seconds": round(time.monotonic() - start, 3),
+                "device": engine.device,
+                "nsam": version("nsam"),
+                "run_hash": self.run_hash,
+            }
             if not same:  # what other settings left must not pass for a result of these
-                for name in OUTPUTS.keys() - set(outputs):
+                for name in OUTPUTS.keys() - set(self.settings.outputs):
                     (folder / OUTPUTS[name]).unlink(missing_ok=True)
             write_text(folder / DONE_NAME, to_json(done))
             store.clear()
@@ -136,24 +122,26 @@ class Job:
         Raises:
             Failed: there are others, which may not be overwritten.
         """
-        slide_hash, path = self._slide_hash(source), source.real_path
+        about, path = self._about(source), source.real_path
         with at("write"):
             there = [folder / name for name in RESULT_NAMES if (folder / name).exists()]
             if any(os.path.realpath(file) == path for file in there):
                 raise OutputError(f"`{source.path}`: results would replace it; pass another --out")
             # What a stopped run left has its bands or a `slide.json`.
-            ours = (folder / DONE_NAME).exists() or (folder / BANDS).exists()
+            ours = (folder / DONE_NAME).exists() or (folder / BANDS_NAME).exists()
             if there and not ours and not self.settings.overwrite:
                 raise OutputError(
                     f"`{there[0]}`: is of no run of nsam; pass --overwrite to replace it, or another --out"
                 )
             before = read_json(folder / DONE_NAME)  # empty if broken, for then nothing is finished
-            same = (before.get("run_hash"), before.get("path"), before.get("bytes")) == (slide_hash, path, source.size)
-            if before and not same and not self.settings.overwrite:
-                raise OutputError(
-                    f"`{folder}`: holds results of other settings or of another slide "
-                    f"({before.get('path')}); pass --overwrite, or another --out"
-                )
+            other = {name for name, value in about.items() if before.get(name) != value}
+            same = not other
+            if before and other and not self.settings.overwrite:
+                if "path" in other:
+                    what = f"of another slide ({before.get('path')})"
+                else:
+                    what = "of other settings" if "slide_hash" in other else "of the slide before it was changed"
+                raise OutputError(f"`{folder}`: holds results {what}; pass --overwrite, or another --out")
             return same, same and all((folder / OUTPUTS[name]).is_file() for name in self.settings.outputs)
 
     def make_bands(self, source: Source, folder: Path, first: int, last: int) -> None:
@@ -199,9 +187,17 @@ class Job:
                 raise InputError(f"`{source.mask}`: the mask cannot be read ({error.strerror})") from error
         return _hash({"run": self.run_hash, "mpp": source.mpp, "mask": mask})
 
+    def _about(self, source: Source) -> dict[str, Any]:
+        """What decides over a slide's results: its file and the settings."""
+        return {
+            "path": source.real_path,
+            "bytes": source.size,
+            "modified_ns": source.modified_ns,
+            "slide_hash": self._slide_hash(source),
+        }
+
     def _store(self, source: Source, folder: Path, mpp: float) -> BandStore:
-        modified = source.path.stat().st_mtime_ns
-        return BandStore(folder, f"{self._slide_hash(source)} {source.real_path} {modified} {mpp}")
+        return BandStore(folder, to_json({**self._about(source), "mpp": mpp}))
 
     def _workers(self) -> int:
         return self.settings.workers or max(1, engines.available_cores() // 2)
@@ -212,13 +208,33 @@ def _engine(run_hash: str, *arguments: Any) -> engines.Engine:
     return engines.load(*arguments)
 
 
+def _facts(slide: Slide, frame: Frame, mpp_source: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What `slide.json` says of the slide and of the part of it that was worked on."""
+    mpp = frame.mpp
+    width, height = slide.size_wh
+    region_mm2 = frame.region.area_px * mpp**2 / 1e6
+    tiles = sum(map(len, frame.tiles))
+    return {
+        "size_wh_px": [width, height],
+        "mpp": mpp,
+        "mpp_source": mpp_source,
+        "origin_xy_px": list(slide.origin_xy),  # of the GeoJSON; all else counts from the file's own corner
+        **found,
+        "area_mm2": width * height * mpp**2 / 1e6,
+        "region_mm2": region_mm2,  # tissue, the mask or the rectangle
+        "nuclei_per_mm2": found["nuclei"] / region_mm2 if region_mm2 else 0.0,
+        "tile_px": frame.tile_px,  # side of the network's tiles, px at the model's scale
+        "tiles": tiles,
+        "tiles_skipped": tiles - frame.tiles_wanted,
+    }
+
+
 def _check_name(path: Path) -> None:
     """Results hold the slide's name, as text."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        shown = str(path).encode(errors="backslashreplace").decode()
-        raise InputError(f"`{shown}`: its name is no UTF-8; rename it") from error
+        raise InputError(f"`{printable(path)}`: its name is no UTF-8; rename it") from error
 
 
 def _mpp(slide: Slide, *asked: float | None) -> tuple[float, str]:
@@ -250,6 +266,7 @@ def run_hash_of(card: ModelCard, settings: Settings) -> str:
             "mpp": settings.mpp,
             "tta": settings.tta,
             "network_mpp": card.input.mpp,
+            "precision": settings.precision,
             "tissue_mask": settings.tissue_mask,
             "roi": settings.roi,
         }

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from nsam.runtime.errors import InputError, NsamError, OutputError
+from nsam.runtime.errors import BusyError, InputError, NsamError, OutputError
 from nsam.runtime.inputs import Source
 
 
@@ -22,12 +22,14 @@ class Outcome(NamedTuple):
 
 
 class Failed(Exception):
-    """A slide failed at a stage: open, mpp, mask, read, infer or write."""
+    """A slide failed at a stage: open, mpp, mask, read, infer, write, or busy where another run is writing it."""
 
     def __init__(self, stage: str, error: Exception) -> None:
         # Reading and writing go on while the network runs; their errors say so themselves.
         if stage == "infer" and isinstance(error, InputError):
             stage = "read"
+        elif isinstance(error, BusyError):
+            stage = "busy"
         elif stage == "infer" and isinstance(error, OutputError):
             stage = "write"
         self.stage = stage
@@ -38,8 +40,10 @@ class Failed(Exception):
 
 @contextmanager
 def at(stage: str) -> Iterator[None]:
-    """Any error in here is a failure at this stage."""
+    """Any error in here is a failure at this stage, unless it is one already."""
     try:
         yield
+    except Failed:
+        raise
     except Exception as error:
         raise Failed(stage, error) from error

@@ -35,7 +35,7 @@ class PlainProgress:
     def begin(self, name: str) -> None:
         """A slide begins."""
         self._name = name
-        self._begun += 1
+        self._begun = min(self._begun + 1, self._slides)  # one that another run had comes twice
         self._start = time.monotonic()
 
     def tiles(self, done: int, total: int) -> None:
@@ -66,6 +66,7 @@ class BarProgress:
             redirect_stdout=False,
             redirect_stderr=False,
         )
+        self._slides = slides
         self._all = self._bars.add_task("slides", total=slides)
         self._one = self._bars.add_task("", total=None)
         self._begun = 0
@@ -87,7 +88,7 @@ class BarProgress:
     def begin(self, name: str) -> None:
         """A slide begins."""
         self._bars.update(self._all, completed=self._begun)
-        self._begun += 1
+        self._begun = min(self._begun + 1, self._slides - 1)  # one that another run had comes twice
         self._bars.remove_task(self._one)
         self._one = self._bars.add_task(name, total=None)
 

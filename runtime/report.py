@@ -15,7 +15,7 @@ import click
 
 from nsam.runtime.errors import OutputError
 from nsam.runtime.files import write_text
-from nsam.runtime.results import UNREADABLE, SlideResult, as_dict, read_failures, read_json
+from nsam.runtime.results import FAILED_NAME, RUN_NAME, UNREADABLE, SlideResult, as_dict, read_failures, read_json
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
 
 REPORT_NAME = "report.html"
@@ -81,7 +81,7 @@ def write_report(out: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    run = read_json(out / "run.json")
+    run = read_json(out / RUN_NAME)
     slides, broken = [], []
     for path in sorted(out.glob(f"*/{DONE_NAME}")):
         try:
@@ -90,13 +90,13 @@ def write_report(out: Path) -> None:
             broken.append(
                 (path.parent.name, UNREADABLE, f"its {DONE_NAME} cannot be read ({error}); delete it and run again")
             )
-    failures = [*read_failures(out / "failed.csv"), *broken]
+    failures = [*read_failures(out / FAILED_NAME), *broken]
     model = as_dict(run.get("model"))
     subtitle = f"{model.get('name', 'unknown model')} {model.get('version', '')} on {run.get('device', 'unknown')}"
     body = [_totals(slides, len(failures))]
     if failures:
         body.append('<h2 class="bad">Failed</h2>' + _table(("slide", "stage", "reason"), failures))
-    body += [_overview(slides), *(_article(i, slide, run.get("run_hash")) for i, slide in enumerate(slides)), _run(run)]
+    body += [_overview(slides), *(_article(i, slide, run) for i, slide in enumerate(slides)), _run(run)]
     page = _PAGE.substitute(
         title=escape(out.resolve().name),
         subtitle=escape(f"{subtitle}; started {run.get('started', 'at an unknown time')}"),
@@ -132,7 +132,7 @@ def _overview(slides: list[SlideResult]) -> str:
     )
 
 
-def _article(index: int, s: SlideResult, run_hash: object) -> str:
+def _article(index: int, s: SlideResult, run: dict[str, Any]) -> str:
     facts = {
         "Nuclei": f"{s.nuclei:,}",
         "Per mm²": _density(s),
@@ -143,9 +143,11 @@ def _article(index: int, s: SlideResult, run_hash: object) -> str:
         "Time": f"{s.seconds:,.1f} s, {_rate(s)} mm²/s",
         "Source": s.path,
     }
+    if s.device != run.get("device"):  # of a worker, or of another run of these settings
+        facts["Device"] = s.device
     if s.tiles_skipped:
         facts["Skipped"] = f"{s.tiles_skipped:,} of {s.tiles:,} tiles, outside the blue line"
-    if s.run_hash != run_hash:
+    if s.run_hash != run.get("run_hash"):
         facts["Note"] = "made with other settings than those below"
     listed = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     files = (name for name in OUTPUTS.values() if (s.folder / name).is_file())

@@ -10,6 +10,8 @@ from typing import Any
 
 from nsam.runtime.settings import DONE_NAME
 
+#: Of all slides in the folder, not of one.
+RUN_NAME, FAILED_NAME = "run.json", "failed.csv"
 #: Stage of the line that stands for a `failed.csv` which is broken itself.
 UNREADABLE = "report"
 
@@ -32,6 +34,7 @@ class SlideResult:
     seconds: float
     tiles: int
     tiles_skipped: int
+    device: str
     run_hash: str
 
     @classmethod
@@ -60,6 +63,7 @@ class SlideResult:
                 seconds=float(done["seconds"]),
                 tiles=int(done["tiles"]),
                 tiles_skipped=int(done["tiles_skipped"]),
+                device=str(done["device"]),
                 run_hash=str(done["run_hash"]),
             )
         except (KeyError, TypeError, OverflowError) as error:

@@ -26,6 +26,8 @@ THUMBNAIL_NAME = "thumbnail.jpg"
 RESULT_NAMES = (*OUTPUTS.values(), THUMBNAIL_NAME)
 #: Written last: a slide whose results are complete has it.
 DONE_NAME = "slide.json"
+#: What a run has done of a slide; it goes when the results are there.
+BANDS_NAME = "bands.part"
 
 
 @dataclass(frozen=True)

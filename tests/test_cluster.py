@@ -23,11 +23,10 @@ import tifffile
 from click.testing import CliRunner, Result
 
 from nsam.runtime import cluster
-from nsam.runtime.bands import FOLDER
 from nsam.runtime.card import InputSpec, ModelCard
 from nsam.runtime.cli import main
 from nsam.runtime.cluster import cut, idle_share
-from nsam.runtime.settings import OUTPUTS
+from nsam.runtime.settings import BANDS_NAME, OUTPUTS
 
 pytest.importorskip("distributed")
 
@@ -168,7 +167,7 @@ def test_two_workers_of_which_one_is_killed(
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not killed:
             time.sleep(0.005)
-            if list(out.glob(f"{work.large}/{FOLDER}/*.npz")):
+            if list(out.glob(f"{work.large}/{BANDS_NAME}/*.npz")):
                 for worker in dask.workers:
                     if any(f"/{work.large}" in file.path for file in psutil.Process(worker.pid).open_files()):
                         worker.send_signal(signal.SIGKILL)
@@ -261,7 +260,8 @@ def test_paths_are_those_of_the_command_though_workers_run_elsewhere(
     assert infer(table, model, Path("alone")).exit_code == 1
     result = infer(table, model, Path("shared"), "--cluster", str(dask.file))
     assert "a.tif: 12 nuclei" in result.output
-    assert Path("shared/failed.csv").read_text().startswith("slide,stage,reason\nnone.tif,open,`none.tif`: ")
+    gone = Path("none.tif").absolute()
+    assert Path("shared/failed.csv").read_text().startswith(f"slide,stage,reason\n{gone},open,`none.tif`: ")
     assert results(Path("shared")) == results(Path("alone"))
 
 
@@ -280,7 +280,7 @@ def test_interrupted(drawn: Work, tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
-    while not list(out.glob(f"large/{FOLDER}/*.npz")) and time.monotonic() < deadline:
+    while not list(out.glob(f"large/{BANDS_NAME}/*.npz")) and time.monotonic() < deadline:
         time.sleep(0.005)
     children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)

@@ -404,12 +404,57 @@ def test_a_slide_named_as_a_result_survives(tiny_model: Path, png: Path, tmp_pat
     )
 
 
-def test_another_slide_at_the_same_path_is_not_done(infer: Callable[..., Result], png: Path) -> None:
-    assert infer(png, "--mpp", 0.25, "--outputs", "csv").exit_code == 0
-    Image.open(png).crop((0, 0, 64, 64)).save(png)
-    result = infer(png, "--mpp", 0.25, "--outputs", "csv")
+def test_a_slide_that_was_changed_is_not_done(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    """Not by its size: uncompressed images of the same sides have the same."""
+    image, slide = np.asarray(Image.open(png)), tmp_path / "s.tif"
+    tifffile.imwrite(slide, image)
+    assert "9 nuclei" in infer(slide, "--mpp", 0.25, "--outputs", "csv").stdout
+    size = slide.stat().st_size
+    tifffile.imwrite(slide, np.where(np.arange(image.shape[1])[:, None] < 100, 255, image).astype(np.uint8))
+    assert slide.stat().st_size == size
+    result = infer(slide, "--mpp", 0.25, "--outputs", "csv")
     assert result.exit_code == 1
-    assert "or of another slide" in result.stderr
+    assert "holds results of the slide before it was changed; pass --overwrite" in result.stderr
+    assert "9 nuclei" not in infer(slide, "--mpp", 0.25, "--outputs", "csv", "--overwrite").stdout
+    assert "1 skipped" in infer(slide, "--mpp", 0.25, "--outputs", "csv").stdout
+
+
+def test_another_arithmetic_is_another_setting(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    assert infer(png, "--mpp", 0.25, "--outputs", "csv").exit_code == 0
+    assert "(ONNX Runtime" in json.loads((tmp_path / "out" / "a" / "slide.json").read_text())["device"]
+    result = infer(png, "--mpp", 0.25, "--outputs", "csv", "--precision", "fp32")
+    assert result.exit_code == 1
+    assert "holds results of other settings" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["report.html", "run.json", "failed.csv"])
+def test_files_of_somebody_else_stay(infer: Callable[..., Result], png: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"mine": 1}')
+    result = infer(png, "--mpp", 0.25, "--outputs", "csv")
+    assert result.exit_code == 2
+    assert f"{name}`: is of no run of nsam; pass --overwrite" in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    assert (tmp_path / "out" / name).read_text() == '{"mine": 1}'
+    assert infer(png, "--mpp", 0.25, "--outputs", "csv", "--overwrite").exit_code == 0
+    assert infer(png, "--mpp", 0.25, "--outputs", "csv").exit_code == 0
+
+
+def test_what_is_noted_of_a_slide_goes_when_it_is_done(
+    infer: Callable[..., Result], png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From whatever folder, and by whatever name."""
+    image = png.read_bytes()
+    png.write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    assert infer("a.png", "--mpp", 0.25).exit_code == 1
+    assert [row["slide"] for row in failures(tmp_path / "out")] == [str(png)]
+    png.write_bytes(image)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert infer("../a.png", "--mpp", 0.25).exit_code == 0
+    assert not (tmp_path / "out" / "failed.csv").exists()
+    assert "0 failed" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8").replace("</b>", " ")
 
 
 def test_names_and_logs_of_any_encoding_cost_no_other_slide(tiny_model: Path, png: Path, tmp_path: Path) -> None:

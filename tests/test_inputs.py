@@ -35,6 +35,8 @@ def test_hidden_files_and_results_are_no_slides(tmp_path: Path) -> None:
         "out/a/slide.json",
         "out/a/overlay.jpg",
         "out/a/labels.tif",
+        "out/killed/bands.part/000000-0.npz",  # between its results and their `slide.json`
+        "out/killed/overlay.jpg",
     )
     assert found(tmp_path, ".") == ["a.png"]
 
@@ -143,4 +145,5 @@ def test_links_are_followed_once_and_what_cannot_be_read_is_told(
 
 def test_a_pattern_takes_no_results(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "out/a/slide.json", "out/a/overlay.jpg", "out/a/other.jpg")
+    touch(tmp_path, "out/killed/bands.part/000000-0.npz", "out/killed/overlay.jpg")
     assert found(tmp_path, "**/*.jpg") == ["a.jpg", "out/a/other.jpg"]

@@ -65,6 +65,7 @@ def add_slide(out: Path, name: str, **changes: Any) -> None:
         "tiles": 90,
         "tiles_skipped": 0,
         "seconds": 50.0,
+        "device": "cuda (ONNX Runtime)",
         "run_hash": "abc",
         **changes,
     }
@@ -89,7 +90,7 @@ def out(tmp_path: Path) -> Path:
     }
     (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
     add_slide(tmp_path, "s1")
-    add_slide(tmp_path, "s2", nuclei=50_000, tiles=400, tiles_skipped=120, run_hash="other")
+    add_slide(tmp_path, "s2", nuclei=50_000, tiles=400, tiles_skipped=120, device="cpu fp32", run_hash="other")
     return tmp_path
 
 
@@ -103,7 +104,7 @@ def test_slides_and_totals(out: Path) -> None:
         "Size 40,000 x 30,000 px Worked on 75 mm²",
         "0.25 µm/px (its metadata)",
         "violet 0, yellow 9,100",
-        "Skipped 120 of 400 tiles, outside the blue line",
+        "Device cpu fp32 Skipped 120 of 400 tiles, outside the blue line",
         "inputs 0.svs, 1.svs",
         "… (30 in all)",
     ):

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from nsam.runtime.bands import FOLDER
-from nsam.runtime.settings import OUTPUTS
+from nsam.runtime.settings import BANDS_NAME, OUTPUTS
 
 KILLS = 20 if os.environ.get("NSAM_SLOW") else 4
 
@@ -59,7 +58,7 @@ def test_killed_anywhere(slides: Path, tiny_model: Path, tmp_path: Path) -> None
             process.send_signal(signal.SIGKILL)
             process.wait()
             killed += 1
-            kept = max(kept, len(list(out.glob(f"*/{FOLDER}/*.npz"))))
+            kept = max(kept, len(list(out.glob(f"*/{BANDS_NAME}/*.npz"))))
             continue
         # It came to its end: the next kill begins anew.
         assert results(out) == results(tmp_path / "whole")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from nsam.runtime import job
+from nsam.runtime.bands import BandStore
 from nsam.runtime.cli import main
 from nsam.runtime.errors import OutputError
+from nsam.runtime.inputs import Source
 from nsam.runtime.lock import alone
 from nsam.runtime.results import read_failures
 
@@ -51,8 +56,74 @@ def test_a_slide_that_another_run_is_writing_is_left_to_it(
     assert result.stderr.strip() == (
         f"failed: `{held}`: another run is writing it; wait for its end, or pass another --out"
     )
+    assert [row[:2] for row in read_failures(tmp_path / "out" / "failed.csv")] == [(str(slides / "b.png"), "busy")]
     assert not list(held.iterdir())
     assert infer(slides, "--mpp", 0.25).exit_code == 0
+    assert not (tmp_path / "out" / "failed.csv").exists()
+
+
+def test_a_slide_that_was_busy_is_looked_at_again(
+    infer: Callable[..., Result], slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = ExitStack()
+    other.enter_context(alone(tmp_path / "out" / "b"))
+    real = job.write_results
+
+    def write(*arguments: Any) -> Any:
+        if arguments[3].name == "c":
+            other.close()  # it dies while this run does another slide
+        return real(*arguments)
+
+    monkeypatch.setattr(job, "write_results", write)
+    result = infer(slides, "--mpp", 0.25)
+    assert result.exit_code == 0, result.output
+    assert f"{slides / 'b.png'}: another run is writing it; looked at again" in result.stdout
+    assert "4 slides done, 0 skipped, 0 failed" in result.stdout
+
+
+def test_a_slide_that_another_run_ended_while_this_one_opened_it(
+    infer: Callable[..., Result], slides: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, inside = job.Job.opened, []
+
+    @contextmanager
+    def slow(self: job.Job, source: Source) -> Iterator[Any]:
+        with real(self, source) as found:
+            if not inside:
+                inside.append(source)
+                assert "1 slides done" in infer(source.path, "--mpp", 0.25).stdout
+            yield found
+
+    monkeypatch.setattr(job.Job, "opened", slow)
+    assert "0 slides done, 1 skipped, 0 failed" in infer(slides / "a.png", "--mpp", 0.25).stdout
+    inside.clear()
+    result = infer(slides / "b.png", "--mpp", 0.5)
+    assert result.exit_code == 1
+    assert "holds results of other settings" in result.stderr
+
+
+def test_runs_of_other_settings_share_no_band(tmp_path: Path) -> None:
+    ours, others = BandStore(tmp_path, "mpp .25"), BandStore(tmp_path, "mpp .5")
+    ours.write(0, [])
+    others.write(1, [])
+    assert ours.has(0)
+    assert not ours.has(1)
+    assert not others.has(0)
+    assert others.read(0) is None
+    assert BandStore(tmp_path, "mpp .25").read(0) == []
+
+
+def test_where_there_are_no_locks_a_warning_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with alone(tmp_path / "a"):
+        pass
+    assert "lock.part`: cannot be locked (No locks available)" in caplog.text
+    assert not list((tmp_path / "a").iterdir())
 
 
 def test_the_jobs_of_an_array_at_once(arguments: list[str], slides: Path, tmp_path: Path) -> None:
