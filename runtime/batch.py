@@ -16,9 +16,9 @@ import click
 
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import OutputError
-from nsam.runtime.files import output_errors, printable, write_csv, write_text
+from nsam.runtime.files import output_errors, printable, to_json, write_csv, write_text
 from nsam.runtime.inputs import Source, find_slides, folder_names
-from nsam.runtime.job import Job, to_json
+from nsam.runtime.job import Job
 from nsam.runtime.outcome import Outcome
 from nsam.runtime.progress import Progress, progress
 from nsam.runtime.report import REPORT_NAME, report_at_end

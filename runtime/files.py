@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from nsam.runtime.errors import OutputError
 
@@ -25,6 +27,11 @@ def write_text(path: Path, text: str) -> None:
 def printable(name: str | Path) -> str:
     """A text that UTF-8 can hold; names of files may be none."""
     return str(name).encode(errors="backslashreplace").decode()
+
+
+def to_json(data: dict[str, Any]) -> str:
+    """Text of a JSON file."""
+    return json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def write_csv(path: Path, names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,16 +15,16 @@ from typing import Any
 from nsam.runtime import engines
 from nsam.runtime.bands import BandStore
 from nsam.runtime.card import ModelCard
-from nsam.runtime.errors import InputError, OutputError
-from nsam.runtime.files import printable, write_text
+from nsam.runtime.done import about, earlier, run_hash_of
+from nsam.runtime.errors import InputError
+from nsam.runtime.files import output_errors, printable, to_json, write_text
 from nsam.runtime.frame import Frame
 from nsam.runtime.inputs import Source
 from nsam.runtime.lock import alone
 from nsam.runtime.outcome import Failed, Outcome, at
 from nsam.runtime.pipeline import Progress, make_bands, segment_slide
 from nsam.runtime.region import Region
-from nsam.runtime.results import read_json
-from nsam.runtime.settings import BANDS_NAME, DONE_NAME, OUTPUTS, RESULT_NAMES, Settings
+from nsam.runtime.settings import DONE_NAME, OUTPUTS, Settings
 from nsam.runtime.slides import Slide, open_slide
 from nsam.runtime.writers import write_results
 
@@ -86,8 +83,8 @@ class Job:
             same, complete = self.earlier(source, folder)  # another run may have ended by now
             if complete:
                 return None
-            about, engine = self._about(source), self.engine()
-            if not about["bytes"]:
+            wanted, engine = self._about(source), self.engine()
+            if not wanted["bytes"]:
                 raise InputError(f"`{source.path}`: went away while it was read")
             store = self._store(source, folder, frame.mpp)
             strips = segment_slide(
@@ -102,7 +99,7 @@ class Job:
             )
             found = write_results(strips, slide, frame.mpp, folder, self.settings.outputs, frame.region)
             done = {
-                **about,
+                **wanted,
                 **_facts(slide, frame, mpp_source, found),
                 "seconds": round(time.monotonic() - start, 3),
                 "device": engine.device,
@@ -110,39 +107,22 @@ class Job:
                 "run_hash": self.run_hash,
             }
             if not same:  # what other settings left must not pass for a result of these
-                for name in OUTPUTS.keys() - set(self.settings.outputs):
-                    (folder / OUTPUTS[name]).unlink(missing_ok=True)
+                with output_errors(folder):
+                    for name in OUTPUTS.keys() - set(self.settings.outputs):
+                        (folder / OUTPUTS[name]).unlink(missing_ok=True)
             write_text(folder / DONE_NAME, to_json(done))
             store.clear()
         return done
 
     def earlier(self, source: Source, folder: Path) -> tuple[bool, bool]:
-        """Whether results of this slide and these settings are there, and whether they are all that is wanted.
+        """See `done.earlier`.
 
         Raises:
-            Failed: there are others, which may not be overwritten.
+            Failed: there are other results, which may not be overwritten.
         """
-        about, path = self._about(source), source.real_path
+        about = self._about(source)
         with at("write"):
-            there = [folder / name for name in RESULT_NAMES if (folder / name).exists()]
-            if any(os.path.realpath(file) == path for file in there):
-                raise OutputError(f"`{source.path}`: results would replace it; pass another --out")
-            # What a stopped run left has its bands or a `slide.json`.
-            ours = (folder / DONE_NAME).exists() or (folder / BANDS_NAME).exists()
-            if there and not ours and not self.settings.overwrite:
-                raise OutputError(
-                    f"`{there[0]}`: is of no run of nsam; pass --overwrite to replace it, or another --out"
-                )
-            before = read_json(folder / DONE_NAME)  # empty if broken, for then nothing is finished
-            other = {name for name, value in about.items() if before.get(name) != value}
-            same = not other
-            if before and other and not self.settings.overwrite:
-                if "path" in other:
-                    what = f"of another slide ({before.get('path')})"
-                else:
-                    what = "of other settings" if "slide_hash" in other else "of the slide before it was changed"
-                raise OutputError(f"`{folder}`: holds results {what}; pass --overwrite, or another --out")
-            return same, same and all((folder / OUTPUTS[name]).is_file() for name in self.settings.outputs)
+            return earlier(folder, about, self.settings)
 
     def make_bands(self, source: Source, folder: Path, first: int, last: int) -> None:
         """Make those of the bands [first, last) that are not there yet, for `segment` to find.
@@ -176,25 +156,9 @@ class Job:
                 region = Region.of(slide, mpp, mask=source.mask, tissue=s.tissue_mask, roi=s.roi)
             yield slide, Frame.of(slide, self.card, mpp, region), mpp_source
 
-    def _slide_hash(self, source: Source) -> str:
-        """A hash of all that changes a slide's results."""
-        if source.mpp is None and source.mask is None:
-            return self.run_hash
-        with at("mask"):
-            try:
-                mask = hashlib.sha256(source.mask.read_bytes()).hexdigest() if source.mask else None
-            except OSError as error:
-                raise InputError(f"`{source.mask}`: the mask cannot be read ({error.strerror})") from error
-        return _hash({"run": self.run_hash, "mpp": source.mpp, "mask": mask})
-
     def _about(self, source: Source) -> dict[str, Any]:
-        """What decides over a slide's results: its file and the settings."""
-        return {
-            "path": source.real_path,
-            "bytes": source.size,
-            "modified_ns": source.modified_ns,
-            "slide_hash": self._slide_hash(source),
-        }
+        with at("mask"):
+            return about(source, self.run_hash)
 
     def _store(self, source: Source, folder: Path, mpp: float) -> BandStore:
         return BandStore(folder, to_json({**self._about(source), "mpp": mpp}))
@@ -254,29 +218,3 @@ def _remarks(done: dict[str, Any]) -> tuple[str, ...]:
     if done["cut_by_halo"]:
         remarks.append(f"{done['cut_by_halo']} nuclei are larger than what a block reads, and may be cut")
     return tuple(remarks)
-
-
-def run_hash_of(card: ModelCard, settings: Settings) -> str:
-    """A hash of all in a run that changes the results."""
-    return _hash(
-        {
-            "nsam": version("nsam"),
-            "model": card.files["model.onnx"].sha256,
-            "post": dataclasses.asdict(card.post),
-            "mpp": settings.mpp,
-            "tta": settings.tta,
-            "network_mpp": card.input.mpp,
-            "precision": settings.precision,
-            "tissue_mask": settings.tissue_mask,
-            "roi": settings.roi,
-        }
-    )
-
-
-def _hash(parts: dict[str, Any]) -> str:
-    return hashlib.sha256(to_json(parts).encode()).hexdigest()[:16]
-
-
-def to_json(data: dict[str, Any]) -> str:
-    """Text of a JSON file."""
-    return json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n"

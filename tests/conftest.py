@@ -9,15 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
 from nsam.runtime.card import SIZE_DIMENSION, FileEntry, InputSpec, ModelCard, PostSpec, sha256_of
+from nsam.runtime.engines import available_cores
 
 #: Grey of a disc and of what is around it; the tiny model's border lies half-way.
 DARK, LIGHT = 60, 255
 
 DrawDiscs = Callable[[tuple[int, int], Sequence[tuple[float, float]], float], NDArray[np.uint8]]
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """A process for each core of this container; each computes on one thread, or they would wait for one another."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return available_cores()
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +55,23 @@ def draw_discs() -> DrawDiscs:
         return np.repeat(np.where(inside, DARK, LIGHT).astype(np.uint8)[..., None], 3, axis=2)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def disc_pairs(tmp_path_factory: pytest.TempPathFactory, draw_discs: Callable) -> Path:
+    """A labelled folder pair of ten images of 64 x 64."""
+    root = tmp_path_factory.mktemp("discs")
+    (root / "images").mkdir()
+    (root / "labels").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        centres = [(x + rng.uniform(-3, 3), y + rng.uniform(-3, 3)) for x in (16, 48) for y in (16, 48)]
+        Image.fromarray(draw_discs((64, 64), centres, 9)).save(root / "images" / f"{i}.png")
+        labels = np.zeros((64, 64), np.uint16)
+        for value, centre in enumerate(centres, 1):
+            labels[draw_discs((64, 64), [centre], 9)[..., 0] < 128] = value
+        tifffile.imwrite(root / "labels" / f"{i}.tif", labels)
+    return root
 
 
 @pytest.fixture(scope="session")

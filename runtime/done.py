@@ -1,0 +1,88 @@
+"""What decides over a slide's results, and whether they are there already."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nsam.runtime.card import ModelCard
+from nsam.runtime.errors import InputError, OutputError
+from nsam.runtime.files import to_json
+from nsam.runtime.inputs import Source
+from nsam.runtime.results import read_json
+from nsam.runtime.settings import BANDS_NAME, DONE_NAME, OUTPUTS, RESULT_NAMES, Settings
+
+
+def run_hash_of(card: ModelCard, settings: Settings) -> str:
+    """A hash of all in a run that changes the results."""
+    return _hash(
+        {
+            "nsam": version("nsam"),
+            "model": card.files["model.onnx"].sha256,
+            "post": dataclasses.asdict(card.post),
+            "mpp": settings.mpp,
+            "tta": settings.tta,
+            "network_mpp": card.input.mpp,
+            "precision": settings.precision,
+            "tissue_mask": settings.tissue_mask,
+            "roi": settings.roi,
+        }
+    )
+
+
+def about(source: Source, run_hash: str) -> dict[str, Any]:
+    """What decides over a slide's results, as it stands in `slide.json`: its file, and a hash of all settings.
+
+    Raises:
+        InputError: its mask cannot be read.
+    """
+    slide_hash = run_hash
+    if source.mpp is not None or source.mask is not None:
+        try:
+            mask = hashlib.sha256(source.mask.read_bytes()).hexdigest() if source.mask else None
+        except OSError as error:
+            raise InputError(f"`{source.mask}`: the mask cannot be read ({error.strerror})") from error
+        slide_hash = _hash({"run": run_hash, "mpp": source.mpp, "mask": mask})
+    return {
+        "path": source.real_path,
+        "bytes": source.size,  # another slide may come to lie at the same path
+        "modified_ns": source.modified_ns,
+        "slide_hash": slide_hash,
+    }
+
+
+def earlier(folder: Path, wanted: dict[str, Any], settings: Settings) -> tuple[bool, bool]:
+    """Whether results of a slide and these settings are there, and whether they are all that is asked for.
+
+    Args:
+        folder: where its results go.
+        wanted: see `about`.
+        settings: of this run.
+
+    Raises:
+        OutputError: there are others, which may not be overwritten.
+    """
+    there = [folder / name for name in RESULT_NAMES if (folder / name).exists()]
+    if any(os.path.realpath(file) == wanted["path"] for file in there):
+        raise OutputError(f"`{wanted['path']}`: results would replace it; pass another --out")
+    # What a stopped run left has its bands or a `slide.json`.
+    ours = (folder / DONE_NAME).exists() or (folder / BANDS_NAME).exists()
+    if there and not ours and not settings.overwrite:
+        raise OutputError(f"`{there[0]}`: is of no run of nsam; pass --overwrite to replace it, or another --out")
+    before = read_json(folder / DONE_NAME)  # empty if broken, for then nothing is finished
+    other = {name for name, value in wanted.items() if before.get(name) != value}
+    if before and other and not settings.overwrite:
+        if "path" in other:
+            what = f"of another slide ({before.get('path')})"
+        else:
+            what = "of other settings" if "slide_hash" in other else "of the slide before it was changed"
+        raise OutputError(f"`{folder}`: holds results {what}; pass --overwrite, or another --out")
+    return not other, not other and all((folder / OUTPUTS[name]).is_file() for name in settings.outputs)
+
+
+def _hash(parts: dict[str, Any]) -> str:
+    return hashlib.sha256(to_json(parts).encode()).hexdigest()[:16]
