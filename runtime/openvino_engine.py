@@ -32,6 +32,9 @@ class OpenvinoEngine(Engine):
             import openvino
         except ImportError as error:
             raise DeviceError("`openvino` is not installed; pip install 'nsam[openvino]'") from error
+        # Its binding sets numpy up at the first array that it gives back. Two threads that come there at the same time
+        # wait for each other without end: one holds that step and wants the interpreter, the other the reverse.
+        _ = openvino.Tensor(np.zeros(1, np.uint8)).data
         self.card = card
         core = openvino.Core()
         has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
