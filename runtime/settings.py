@@ -13,6 +13,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 OUTPUTS = {
     "geojson": "nuclei.geojson",
     "geojson.gz": "nuclei.geojson.gz",
+    "annotations": "annotations.geojson",
     "csv": "nuclei.csv",
     "parquet": "nuclei.parquet",
     "labels": "labels.tif",

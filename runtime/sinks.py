@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,15 +45,20 @@ _COLUMNS = (
 
 @contextmanager
 def geojson_sink(
-    path: Path, slide_name: str, origin_xy: tuple[int, int] = (0, 0), compressed: bool = False
+    path: Path,
+    slide_name: str,
+    origin_xy: tuple[int, int] = (0, 0),
+    compressed: bool = False,
+    kind: Literal["detection", "annotation"] = "detection",
 ) -> Iterator[Add]:
-    """A FeatureCollection (RFC 7946) as QuPath imports it: a detection per nucleus, in level-0 px.
+    """A FeatureCollection (RFC 7946) as QuPath imports it: an object per nucleus, in level-0 px.
 
     Args:
         path: to write.
         slide_name: from which the features' ids follow.
         origin_xy: the level-0 px from which QuPath counts; see `Slide.origin_xy`.
         compressed: as gzip, which QuPath opens as it is.
+        kind: QuPath shows millions of detections, and lets nobody move their outlines; of annotations the reverse.
     """
     # No name and no time in the gzip header: the same nuclei are the same file.
     with (
@@ -67,20 +72,20 @@ def geojson_sink(
         def add(nucleus: Nucleus, rings: list[NDArray[np.float64]]) -> None:
             nonlocal separator
             rings = [ring - origin for ring in rings]
-            stream.write(separator + json.dumps(_feature(nucleus, rings, slide_name), ensure_ascii=False))
+            stream.write(separator + json.dumps(_feature(nucleus, rings, slide_name, kind), ensure_ascii=False))
             separator = ",\n"
 
         yield add
         stream.write("\n]}\n")
 
 
-def _feature(nucleus: Nucleus, rings: list[NDArray[np.float64]], slide_name: str) -> dict[str, Any]:
+def _feature(nucleus: Nucleus, rings: list[NDArray[np.float64]], slide_name: str, kind: str) -> dict[str, Any]:
     return {
         "type": "Feature",
         "id": str(uuid.uuid5(_NAMESPACE, f"{slide_name}#{nucleus.id}")),
         "geometry": {"type": "Polygon", "coordinates": [ring.tolist() for ring in rings]},
         "properties": {
-            "objectType": "detection",
+            "objectType": kind,
             "classification": {"name": "Nucleus"},
             "measurements": {
                 "Nucleus id": nucleus.id,

@@ -22,7 +22,7 @@ from nsam.runtime.sinks import Add, csv_sink, geojson_sink, parquet_sink
 from nsam.runtime.slides import OVERVIEW_PX, Slide, read_overview
 from nsam.runtime.tiffs import write_labels, write_pyramid
 
-_OUTLINED = {"geojson", "geojson.gz", "overlay"}
+_OUTLINED = {"geojson", "geojson.gz", "annotations", "overlay"}
 _BIN_UM2, _BINS = 5, 50  # of the histogram; the last bin holds all larger ones, too
 
 
@@ -77,6 +77,7 @@ def write_results(
     sinks: dict[str, Callable[[Path], AbstractContextManager[Add]]] = {
         "geojson": lambda path: geojson_sink(path, name, slide.origin_xy),
         "geojson.gz": lambda path: geojson_sink(path, name, slide.origin_xy, compressed=True),
+        "annotations": lambda path: geojson_sink(path, name, slide.origin_xy, kind="annotation"),
         "csv": lambda path: csv_sink(path, mpp),
         "parquet": lambda path: parquet_sink(path, mpp),
         "overlay": lambda path: overlay_sink(path, overview, size_wh),

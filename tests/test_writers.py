@@ -99,6 +99,13 @@ def test_geojson(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -
         assert properties["measurements"]["Haematoxylin OD mean"] == 0.5
 
 
+def test_annotations_are_the_same_outlines(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -> None:
+    write(labels, slide, tmp_path, "geojson", "annotations")
+    detections, annotations = (tmp_path / name for name in ("nuclei.geojson", "annotations.geojson"))
+    assert '"objectType": "annotation"' in annotations.read_text()
+    assert annotations.read_text().replace('"annotation"', '"detection"') == detections.read_text()
+
+
 def test_gz_is_the_same_geojson(labels: NDArray[np.int32], slide: ArraySlide, tmp_path: Path) -> None:
     write(labels, slide, tmp_path, "geojson", "geojson.gz")
     packed = (tmp_path / "nuclei.geojson.gz").read_bytes()
