@@ -44,6 +44,7 @@ def test_pixels_are_those_whose_centre_is_inside(tmp_path: Path) -> None:
         feature(square(10, 0, 16, 6), square(12, 2, 14, 4)),  # with a hole
         feature(square(0, 10, 2, 12), square(4, 10, 6, 12), kind="MultiPolygon"),
         feature(square(15, 15, 99, 99)),  # beyond the image
+        feature(square(-9, -9, -4, -4), square(0, 16, 3, 19), kind="MultiPolygon"),  # a part of it
     ]
     wanted = np.zeros((20, 18), np.int32)
     wanted[3:8, 2:6] = 1
@@ -52,6 +53,7 @@ def test_pixels_are_those_whose_centre_is_inside(tmp_path: Path) -> None:
     wanted[2:4, 12:14] = 0
     wanted[10:12, 0:2] = wanted[10:12, 4:6] = 4
     wanted[15:, 15:] = 5
+    wanted[16:19, :3] = 6
     for content in ({"type": "FeatureCollection", "features": features}, features):
         found = read_annotations(write(tmp_path / "a.geojson", content), (18, 20))
         np.testing.assert_array_equal(found, wanted)
@@ -99,8 +101,8 @@ def test_what_nsam_infer_writes_can_be_corrected_and_trained_on(
     picture = tmp_path / "images" / "a.png"
     Image.fromarray(draw_discs((96, 80), [(20, 20), (60, 40), (38, 60)], 9)).save(picture)
     options = ["--out", str(tmp_path / "out"), "--model", str(tiny_model), "--mpp", "0.25", "--device", "cpu"]
-    assert CliRunner().invoke(infer_main, [str(picture), *options]).exit_code == 0
-    (tmp_path / "out" / "a" / "nuclei.geojson").rename(tmp_path / "labels" / "a.geojson")
+    assert CliRunner().invoke(infer_main, [str(picture), *options, "--outputs", "annotations,labels"]).exit_code == 0
+    (tmp_path / "out" / "a" / "annotations.geojson").rename(tmp_path / "labels" / "a.geojson")
     image, labels = read_sample(find_samples(tmp_path)[0])
     written = tifffile.imread(tmp_path / "out" / "a" / "labels.tif")
     assert image.shape[:2] == labels.shape

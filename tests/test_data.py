@@ -75,17 +75,22 @@ def test_bad_labels_are_named(tmp_path: Path) -> None:
 def test_labels_that_would_teach_nonsense_are_named(tmp_path: Path) -> None:
     blobs = np.zeros((40, 40), np.int64)
     blobs[::4, ::4] = 255  # a hundred pieces
+    classes = blobs // 255
+    classes[::8] *= 2
     for array, message in (
-        (blobs, "a mask, 100 pieces have the value 255"),
+        (blobs, "a mask or a map of classes, 100 pieces have the value 255"),
+        (classes, "50 pieces have the value 1"),
+        (blobs + 1, "no pixel is 0"),
         (blobs - 1, "-1"),
         (blobs << 24, "labels must"),
     ):
         np.save(tmp_path / "a.npy", array)
         with pytest.raises(InputError, match=message):
             read_labels(tmp_path / "a.npy")
-    blobs[0, 0] = 7  # ids, one of which is 255
+    blobs[::4, ::4] = np.arange(200, 300).reshape(10, 10)  # ids, one of which is 255
+    blobs[1, 2:40:8] = 200  # a nucleus may come in pieces: an outline as a MultiPolygon, one cut by another
     np.save(tmp_path / "a.npy", blobs)
-    assert read_labels(tmp_path / "a.npy").max() == 255
+    np.testing.assert_array_equal(read_labels(tmp_path / "a.npy"), blobs)
 
 
 def test_an_image_that_says_its_scale_is_believed(tmp_path: Path) -> None:

@@ -46,20 +46,26 @@ def read_annotations(path: Path, size_wh: tuple[int, int]) -> NDArray[np.int32]:
     within = np.all((middles >= 0) & (middles < size_wh), axis=1)
     columns_at, rows_at = middles[within].astype(int).T
     for value, rings in enumerate(outlines, 1):
-        low, high = rings[0].min(axis=0), rings[0].max(axis=0)
+        points = np.concatenate(rings)
+        low, high = points.min(axis=0), points.max(axis=0)
         if np.any(high <= 0) or np.any(low >= size_wh):
             raise InputError(
                 f"`{path}`: feature {value} lies outside the image of {size_wh[0]} x {size_wh[1]} px; outlines must be "
                 "in the image's own px, not the slide's"
             )
-        inside = np.zeros(labels.shape, bool)
+        x0, y0 = np.maximum(np.floor(low), 0).astype(int)
+        x1, y1 = np.minimum(np.ceil(high), size_wh).astype(int)
+        part = labels[y0:y1, x0:x1]
+        inside = np.zeros(part.shape, bool)
         for ring in rings:  # a hole is a ring within a ring: what lies in both is outside
-            rows, columns = polygon(ring[:, 1] - 0.5, ring[:, 0] - 0.5, labels.shape)  # type: ignore[no-untyped-call]
+            y, x = ring[:, 1] - 0.5 - y0, ring[:, 0] - 0.5 - x0
+            rows, columns = polygon(y, x, part.shape)  # type: ignore[no-untyped-call]
             inside[rows, columns] ^= True
-        enclosed = int(inside[rows_at, columns_at].sum()) - 1
+        near = (columns_at >= x0) & (columns_at < x1) & (rows_at >= y0) & (rows_at < y1)
+        enclosed = int(inside[rows_at[near] - y0, columns_at[near] - x0].sum()) - 1
         if enclosed > 1:
             raise InputError(f"`{path}`: feature {value} encloses {enclosed} others; delete what outlines no nucleus")
-        labels[inside & (labels == 0)] = value
+        part[inside & (part == 0)] = value
     return labels
 
 

@@ -18,7 +18,7 @@ from nsam.train.exported import load_exported
 from nsam.train.lineage import locate, of_fold
 from nsam.train.lora import add_lora, has_lora, merge_lora
 from nsam.train.mobile_sam import download_mobile_sam, load_mobile_sam
-from nsam.train.model import NucleusNet
+from nsam.train.model import NucleusNet, needed
 from nsam.train.sam_onnx import read_sam_onnx
 from nsam.train.settings import Settings
 
@@ -29,7 +29,7 @@ def build_model(settings: Settings) -> tuple[NucleusNet, str]:
     Weights that the base does not bring come from `torch.manual_seed(settings.seed)`.
 
     Returns:
-        The network and the hash of its base, which a checkpoint of trained weights belongs to.
+        The network and the hash of what it keeps of its base, which a checkpoint of trained weights belongs to.
 
     Raises:
         ModelError: the base cannot be had, or is of another architecture.
@@ -38,7 +38,6 @@ def build_model(settings: Settings) -> tuple[NucleusNet, str]:
     model = NucleusNet(settings.output, settings.input.mean, settings.input.std)
     if settings.base != "none":
         load_base(model, settings.base)
-    base_hash = hash_tensors(model)
     model.requires_grad_(False)
     model.mask_decoder.requires_grad_(True)
     model.tokens.requires_grad_(True)
@@ -49,7 +48,7 @@ def build_model(settings: Settings) -> tuple[NucleusNet, str]:
     elif settings.tune == "full":
         model.encoder.requires_grad_(True)
         model.encoder.vit.head.requires_grad_(False)
-    return model, base_hash
+    return model, hash_kept(model, settings.base)
 
 
 def load_base(model: NucleusNet, base: str) -> None:
@@ -171,12 +170,15 @@ def read_settings(config: Path) -> Settings:
         raise ModelError(f"`{config}`: not the config of a training run ({error})") from error
 
 
-def hash_tensors(model: nn.Module) -> str:
-    """SHA-256 over names and bytes of a model's state."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+def hash_kept(model: nn.Module, base: str) -> str:
+    """SHA-256 over names and bytes of what has to come from the base: the maps need it, no checkpoint brings it.
+
+    What is random and not needed must not count: its last bits differ between kinds of CPU.
+    """
+    digest, state = hashlib.sha256(), model.state_dict()
+    for name in sorted(needed(state.keys() - trained_state(model, base).keys())):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(state[name].detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

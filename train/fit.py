@@ -30,7 +30,7 @@ from nsam.train.step import TrainState
 from nsam.train.thresholds import choose_post
 from nsam.train.views import Views, batches
 
-LOG_EVERY = 50  # steps a row of history.csv averages over
+LOG_EVERY = 50  # steps a row of history.csv averages over, the last row what is left
 SAVE_PAUSE = 30  # times as long as the last checkpoint took: it has 150 MB, and a GPU makes 100 steps in seconds
 
 
@@ -102,13 +102,14 @@ def fit(
 
         for name, term in terms.items():
             sums[name] += term  # not read here: the GPU would stand still until the next step comes
-        if step % LOG_EVERY == 0:
+        if step % LOG_EVERY == 0 or step == steps:
             if not torch.isfinite(total(terms)):  # of this step: fp16 gets over a lone one
                 raise ModelError(
                     f"`{out}`: the loss is not finite at step {step}; begin anew, in another --out, with a smaller "
                     "--lr or --precision fp32"
                 )
-            means = group.mean({name: float(value) / LOG_EVERY for name, value in sums.items()})
+            summed = (step - 1) % LOG_EVERY + 1
+            means = group.mean({name: float(value) / summed for name, value in sums.items()})
             history.append({"step": step, "lr": state.lr, **means})
             rate = (step - first) / (time.monotonic() - started)
             losses = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
@@ -182,7 +183,7 @@ def validate(fold: Fold, engine: TorchEngine) -> float:
 
 
 def write_history(history: list[dict[str, float]], path: Path) -> None:
-    """`history.csv`: a row for every 50 steps; `validation` where it was measured."""
+    """`history.csv`: a row for every 50 steps and for the last; `validation` where it was measured."""
     names = list(dict.fromkeys(name for row in history for name in row if name != "validation"))
     names.append("validation")
     write_csv(path, names, [[row.get(name, "") for name in names] for row in history])
