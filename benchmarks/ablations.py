@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
 from nsam.runtime.card import PostSpec
+from nsam.runtime.errors import InputError
 from nsam.runtime.metrics import mean_and_pooled
 from nsam.runtime.options import Command
 from nsam.train.crossval import claim
-from nsam.train.data import Sample, find_extra, find_samples
+from nsam.train.data import Sample, find_extra, find_samples, hash_samples
 from nsam.train.evaluate import TorchEngine, score_samples
 from nsam.train.fit import fit
 from nsam.train.folds import Fold, make_folds
@@ -53,6 +55,7 @@ TUNED: dict[str, dict[str, Any]] = {
 @click.option("--base", default="none", help="Weights that each row starts from, as of nsam-train.")
 @click.option("--crops", type=click.IntRange(8), default=3200, help="Training crops of each row.")
 @click.option("--fold", type=click.IntRange(0, 4), default=0, help="Official fold; its test part is not looked at.")
+@click.option("--seed", type=click.IntRange(0), default=NSAM.seed, help="Of crops, views and new weights.")
 @click.option("--at-once", type=click.IntRange(1), default=1, help="Rows side by side, a thread each.")
 def main(
     data: Path,
@@ -63,12 +66,13 @@ def main(
     base: str,
     crops: int,
     fold: int,
+    seed: int,
     at_once: int,
 ) -> None:
     """Train each variant on DATA's fold; score its validation images and all of --unseen.
 
     Thresholds are those that suit the validation images best, row by row. A row that is done is not done again.
-    All weights are tuned; with a --base the rows decoder, lora and lora-16 say what tuning fewer costs.
+    All weights are tuned; with a --base the rows of TUNED say what tuning fewer costs.
     With `--only recipe`, the other sources as --extra and one as --unseen, it tells how the recipe does on a laboratory
     that it has not seen.
     """
@@ -77,10 +81,17 @@ def main(
     strangers = [sample for root in unseen for sample in find_extra(root)]
     out.mkdir(parents=True, exist_ok=True)
     saved = out / "ablations.json"
-    rows: dict[str, Any] = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
+    asked = {"base": base, "crops": crops, "fold": fold, "seed": seed}
+    asked |= {"data": hash_samples([*parts.train, *parts.validation, *strangers])}
+    found = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {"asked": asked, "rows": {}}
+    if found["asked"] != asked:
+        raise InputError(f"`--out {out}`: its rows are of other data or options ({found['asked']}); pass another")
+    rows: dict[str, Any] = found["rows"]
     variants = VARIANTS if base == "none" else VARIANTS | TUNED
     wanted = [name for name in (only.split(",") if only else variants) if name not in rows]
-    start = replace(NSAM, base=base, tune="full")
+    if unknown := set(wanted) - variants.keys():
+        raise InputError(f"`--only`: {', '.join(sorted(unknown))}: no such rows; there are {', '.join(variants)}")
+    start = replace(NSAM, base=base, tune="full", seed=seed)
     with ProcessPoolExecutor(at_once, get_context("spawn")) as pool:
         jobs = {
             pool.submit(train, replace(start, **variants[name]), parts, strangers, crops, out / name): name
@@ -88,7 +99,7 @@ def main(
         }
         for job in as_completed(jobs):
             rows[jobs[job]] = job.result()
-            saved.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+            saved.write_text(json.dumps(found, indent=1), encoding="utf-8")
             click.echo(f"{jobs[job]}: {rows[jobs[job]]['minutes']:.0f} minutes", err=True)
     places = ["validation", *(root.name for root in unseen)]
     print(
@@ -100,7 +111,7 @@ def main(
 
 
 def train(settings: Settings, parts: Fold, strangers: list[Sample], crops: int, out: Path) -> dict[str, Any]:
-    """A row: minutes, and mean scores by place."""
+    """A row: minutes, and mean scores on the validation images and on each stranger's source."""
     torch.set_num_threads(1)
     steps = crops // settings.batch
     settings = replace(settings, steps=steps, validate_every=steps)
@@ -110,7 +121,11 @@ def train(settings: Settings, parts: Fold, strangers: list[Sample], crops: int, 
     assert metrics is not None
     engine = TorchEngine.of_fold(out / "fold0", cpu).with_post(PostSpec(**metrics["post"]))
     own, _ = mean_and_pooled(found for _, found in score_samples(parts.validation, engine))
-    return {"minutes": metrics["minutes"], "validation": own, **metrics["groups"]}
+    places: dict[str, list[dict[str, float]]] = {}
+    for name, scores in metrics["per_image"].items():
+        places.setdefault(name.partition("/")[0], []).append(scores)
+    away = {place: {m: float(np.mean([one[m] for one in found])) for m in SHOWN} for place, found in places.items()}
+    return {"minutes": metrics["minutes"], "validation": own, **away}
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from nsam.runtime.metrics import NAMES, Score, mean_and_pooled, score
 from nsam.runtime.options import Command
 from nsam.runtime.pipeline import segment_slide
 from nsam.runtime.slides import ArraySlide
-from nsam.train.data import Sample, find_samples, read_sample
+from nsam.train.data import Sample, digest, find_samples, read_sample
 from nsam.train.folds import make_folds
+from nsam.train.lineage import seen_by
 
 SHOWN = ("dice", "aji", "pq")
 
@@ -54,6 +55,9 @@ def main(
     samples = samples[::every]
     seen = f"{tta} views at {engine.card.input.mpp:g} µm/px"
     click.echo(f"{len(samples)} images, {engine.card.name} {engine.card.version}, {engine.device}, {seen}")
+    known = seen_by(str(model or "default"))
+    if trained_on := sum(digest(sample.image) in known for sample in samples):
+        click.echo(f"the model has been trained on {trained_on} of these images: their figures flatter it", err=True)
     results: dict[str, dict[str, Any]] = {}
     for name, change in conditions(shifts):
         begin = time.perf_counter()

@@ -14,7 +14,7 @@ from peers import PEERS, PeerError, answer, install
 from nsam.runtime.engines import load
 from nsam.runtime.metrics import Score, mean_and_pooled, score
 from nsam.runtime.options import Command
-from nsam.train.data import Sample, find_samples, read_sample
+from nsam.train.data import Sample, find_samples, hash_samples, read_sample
 from nsam.train.evaluate import score_samples
 from nsam.train.folds import make_folds
 
@@ -48,6 +48,7 @@ def main(
     Peers see the images at .25 µm/px; scores are taken at the images' own resolution.
     """
     parts = make_folds(find_samples(data))[fold]
+    work /= f"fold{fold}-{hash_samples([*parts.train, *parts.validation, *parts.test])[:12]}"
     work.mkdir(parents=True, exist_ok=True)
     for name in ("train", "validation", "test"):
         if not (work / f"{name}.npz").is_file():

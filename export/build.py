@@ -98,11 +98,15 @@ def _build_in(
 ) -> Path:
     out = scratch / "model"
     out.mkdir()
-    validation = fold_samples(settings, "validation")
+    images = spread(fold_samples(settings, "validation"), settings.images)
+    trained_on = spread(
+        fold_samples(settings, "train"), settings.images - len(images)
+    )  # equality needs no unseen tissue
+    images += trained_on
     chain = Chain(
-        real_tiles(validation, card, card.input.size, settings.tiles),
-        [real_tiles(validation, card, size, 1) for size in card.input.other_sizes],
-        spread(validation, settings.images),
+        real_tiles(images, card, card.input.size, settings.tiles),
+        [real_tiles(images, card, size, 1) for size in card.input.other_sizes],
+        images,
         out,
         force=settings.force,
         say=say,
@@ -115,7 +119,10 @@ def _build_in(
         return load(folder, device=device, precision=precision)
 
     cpu = torch.device("cpu")
-    say(f"proof: {len(chain.tiles)} tiles and {len(chain.samples)} labelled images that chose nothing but thresholds")
+    say(
+        f"proof: {len(chain.tiles)} tiles and {len(images)} labelled images, {len(trained_on)} of them of the training "
+        "part and the others of those that chose the thresholds"
+    )
     chain.add("torch", TorchEngine(model, card, cpu))
     merged = load_merged(settings.fold_dir)
     chain.prove("torch", "merged", TorchEngine(merged, card, cpu), rewrites_only=True)
@@ -166,7 +173,7 @@ def _build_in(
         except DeviceError as error:
             say(f"warning: no TensorRT engine; {error}")
     sizes = {name: describe_graph(path) for name, path in graphs.items()}
-    proof = as_json(chain, graphs=sizes, **details)
+    proof = as_json(chain, trained_on=len(trained_on), graphs=sizes, **details)
     (out / "parity.json").write_text(json.dumps(proof, indent=1) + "\n", encoding="utf-8")
     (out / "parity.md").write_text(as_markdown(proof, card), encoding="utf-8")
     for name, size in sizes.items():

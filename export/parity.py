@@ -24,6 +24,8 @@ MAPS_GATE = 1e-4  # links that only rewrite fp32 arithmetic
 METRICS_GATE = 0.002  # links that change numbers: what matters is the nuclei
 BATCHES = (1, 2, 5)
 TASK_METRICS = ("dice", "aji", "pq")
+#: Where in an image its first, second, ... tile lies, as shares of the way to its right and lower ends.
+_PLACES = ((0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.5, 0.5))
 #: Below it the two pictures of a worst tile are one.
 VISIBLE = 1e-3
 
@@ -71,6 +73,7 @@ class Chain:
             say: takes a line for each link.
         """
         self.tiles = tiles
+        self.batches = sorted({min(batch, len(tiles)) for batch in BATCHES})
         self._larger = larger
         self.samples = samples
         self.links: list[Link] = []
@@ -84,7 +87,7 @@ class Chain:
         """Run an engine over tiles, in batches of 1, 2 and 5, over one of each larger size, and over images."""
         self._maps[name] = [
             np.concatenate([engine.run(self.tiles[i : i + batch]) for i in range(0, len(self.tiles), batch)])
-            for batch in BATCHES
+            for batch in self.batches
         ] + [engine.run(tiles) for tiles in self._larger]
         self._scores[name] = mean_and_pooled(score for _, score in score_samples(self.samples, engine))[0]
 
@@ -105,7 +108,7 @@ class Chain:
         pairs = zip(self._maps[before], self._maps[after], strict=True)
         differences = [np.abs(_activated(a) - _activated(b)) for a, b in pairs]  # each (N, C, h, w)
         every = np.concatenate([part.ravel() for part in differences])
-        of_tiles = np.max([part.max(axis=(1, 2, 3)) for part in differences[: len(BATCHES)]], axis=0)
+        of_tiles = np.max([part.max(axis=(1, 2, 3)) for part in differences[: len(self.batches)]], axis=0)
         largest = float(every.max())
         metrics = {n: abs(self._scores[before][n] - self._scores[after][n]) for n in TASK_METRICS}
         if rewrites_only:
@@ -157,12 +160,18 @@ def _sigmoid(logit: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def real_tiles(samples: Sequence[Sample], card: ModelCard, size: int, count: int) -> NDArray[np.uint8]:
-    """Tiles (count, size, size, 3) uint8 as the runtime reads them, from images spread evenly over `samples`."""
+    """Tiles (count, size, size, 3) uint8 as the runtime reads them, from images spread evenly over `samples`; of few
+    images several places each.
+    """
     tiles = []
-    for sample in spread(samples, count):
+    images = spread(samples, count)
+    for i in range(count):
+        sample, (right, down) = images[i % len(images)], _PLACES[i // len(images) % len(_PLACES)]
         with open_slide(sample.image) as slide:
             grid = Grid.of(slide.size_wh, sample.mpp, card.input.mpp, card.output.stride)
-            tiles.append(read_input(slide, Box(0, 0, size, size), grid))
+            width, height = grid.input_wh
+            x, y = round(right * (width - size)), round(down * (height - size))
+            tiles.append(read_input(slide, Box(x, y, x + size, y + size), grid))
     return np.stack(tiles)
 
 
@@ -189,7 +198,7 @@ def as_json(chain: Chain, **more: Any) -> dict[str, Any]:
     """What `parity.json` holds."""
     return {
         "tiles": len(chain.tiles),
-        "batches": list(BATCHES),
+        "batches": chain.batches,
         "images": len(chain.samples),
         "passed": all(link.passed for link in chain.links),
         "links": [asdict(link) for link in chain.links],

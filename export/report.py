@@ -14,8 +14,9 @@ def as_markdown(proof: dict[str, Any], card: ModelCard) -> str:
     parts = [
         f"# {card.name} {card.version}: parity\n",
         f"Every link of the chain over {proof['tiles']} real tiles of {card.input.size} px, in batches of "
-        f"{', '.join(map(str, proof['batches']))}, and over {proof['images']} labelled images that training did not "
-        f"see. **{'All passed.' if proof['passed'] else 'FAILED: ' + ', '.join(card.failed_links)}**\n",
+        f"{', '.join(map(str, proof['batches']))}, and over {proof['images']} labelled images, of which training saw "
+        f"{proof['trained_on']}. **"
+        f"{'All passed.' if proof['passed'] else 'FAILED: ' + ', '.join(card.failed_links)}**\n",
         _table(
             ("link", "max of maps", "p99.9", "mean", "Dice", "AJI", "PQ", "gate", ""),
             (

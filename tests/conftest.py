@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -72,6 +73,35 @@ def disc_pairs(tmp_path_factory: pytest.TempPathFactory, draw_discs: Callable) -
             labels[draw_discs((64, 64), [centre], 9)[..., 0] < 128] = value
         tifffile.imwrite(root / "labels" / f"{i}.tif", labels)
     return root
+
+
+@pytest.fixture(scope="session")
+def small_data(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten real images, cut to 192 px, as a folder pair."""
+    from nsam.train.data import find_samples, read_sample
+
+    root = tmp_path_factory.mktemp("small")
+    for name in ("images", "labels"):
+        (root / name).mkdir()
+    for i, sample in enumerate(find_samples(data_dir / "tnbc")[::5]):
+        image, labels = read_sample(sample)
+        tifffile.imwrite(root / "images" / f"{i}.tif", image[:192, :192], photometric="rgb")
+        tifffile.imwrite(root / "labels" / f"{i}.tif", labels[:192, :192].astype(np.uint16))
+    return root
+
+
+@pytest.fixture(scope="session")
+def lora_run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA on the base that a few steps from nothing made."""
+    from nsam.train.cli import main
+
+    root = tmp_path_factory.mktemp("runs")
+    options = ["--crop", "64", "--batch", "2", "--workers", "0", "--fold", "0", "--precision", "fp32", "--mpp", "0.25"]
+    base = ["--base", "none", "--tune", "full", "--steps", "60"]
+    for out, more in ((root / "base", base), (root / "lora", ["--base", str(root / "base" / "fold0"), "--steps", "3"])):
+        result = CliRunner().invoke(main, [str(small_data), "--out", str(out), *options, *more])
+        assert result.exit_code == 0, result.output
+    return root / "lora"
 
 
 @pytest.fixture(scope="session")

@@ -105,6 +105,16 @@ def test_an_image_that_says_its_scale_is_believed(tmp_path: Path) -> None:
     )
     assert find_samples(tmp_path)[0].mpp == pytest.approx(0.5)
     assert find_samples(tmp_path, 0.3)[0].mpp == 0.3
+    tifffile.imwrite(
+        tmp_path / "images" / "a.tif",
+        np.zeros((16, 16, 3), np.uint8),
+        photometric="rgb",
+        resolution=(20_000, 22_000),
+        resolutionunit="CENTIMETER",
+    )
+    with pytest.raises(InputError, match=r"a\.tif`: its mpp differs between x .* pass its scale"):
+        find_samples(tmp_path)
+    assert find_samples(tmp_path, 0.3)[0].mpp == 0.3
 
 
 def test_an_image_that_is_there_twice_is_refused(tmp_path: Path) -> None:

@@ -16,58 +16,27 @@ import tifffile
 import torch
 from click.testing import CliRunner
 
-from nsam.export import build as export_build
 from nsam.export import graph
 from nsam.export.check import write_reference
 from nsam.export.cli import main as export_main
-from nsam.export.merge import load_merged
 from nsam.export.precision import rounded
-from nsam.export.settings import Settings
 from nsam.runtime.card import FileEntry, ModelCard, sha256_of
 from nsam.runtime.cli import main as infer_main
 from nsam.runtime.engines import load
-from nsam.runtime.errors import ModelError
 from nsam.runtime.metrics import mean_and_pooled, score
-from nsam.train.checkpoint import build_model, load_fold
-from nsam.train.cli import main as train_main
+from nsam.train.checkpoint import load_fold
 from nsam.train.data import find_samples
 from nsam.train.evaluate import TorchEngine, draft_card
 
-OPTIONS = ["--crop", "64", "--batch", "2", "--workers", "0", "--fold", "0", "--precision", "fp32", "--mpp", "0.25"]
-
 
 @pytest.fixture(scope="module")
-def small_data(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten real images, cut to 192 px, as a folder pair."""
-    root = tmp_path_factory.mktemp("small")
-    for name in ("images", "labels"):
-        (root / name).mkdir()
-    from nsam.train.data import read_sample
-
-    for i, sample in enumerate(find_samples(data_dir / "tnbc")[::5]):
-        image, labels = read_sample(sample)
-        tifffile.imwrite(root / "images" / f"{i}.tif", image[:192, :192], photometric="rgb")
-        tifffile.imwrite(root / "labels" / f"{i}.tif", labels[:192, :192].astype(np.uint16))
-    return root
-
-
-@pytest.fixture(scope="module")
-def run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LoRA on the base that a few steps from nothing made."""
-    root = tmp_path_factory.mktemp("runs")
-    base = ["--base", "none", "--tune", "full", "--steps", "60"]
-    for out, more in ((root / "base", base), (root / "lora", ["--base", str(root / "base" / "fold0"), "--steps", "3"])):
-        result = CliRunner().invoke(train_main, [str(small_data), "--out", str(out), *OPTIONS, *more])
-        assert result.exit_code == 0, result.output
-    return root / "lora"
-
-
-@pytest.fixture(scope="module")
-def model_dir(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(lora_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "m"
-    # Of the second size's px the encoder's largest windows hold no whole number.
-    options = ["--tiles", "5", "--tile", "448", "--tile", "560", "--model-version", "3.1", "--precisions", "fp32,fp16"]
-    result = CliRunner().invoke(export_main, [str(run / "fold0"), "--out", str(out), *options])
+    # Of the second size's px the encoder's largest windows hold no whole number. One image: after so few steps all
+    # nuclei are in doubt, and over several a gate would be passed by luck.
+    options = ["--tiles", "5", "--images", "1", "--tile", "448", "--tile", "560", "--model-version", "3.1"]
+    options += ["--precisions", "fp32,fp16"]
+    result = CliRunner().invoke(export_main, [str(lora_run / "fold0"), "--out", str(out), *options])
     assert result.exit_code == 0, result.output
     return out
 
@@ -81,6 +50,7 @@ def test_the_chain_is_proven_and_written_down(model_dir: Path) -> None:
         ("simplified", "fp16"),
     ]
     assert proof["passed"]
+    assert (proof["tiles"], proof["batches"], proof["images"], proof["trained_on"]) == (5, [1, 2, 5], 1, 0)
     assert all(link["max"] <= 1e-4 for link in proof["links"][:3])
     assert 1e-4 < proof["links"][3]["max"] < 1, "a proof that does not round proves nothing"
     assert all(value <= 0.002 for link in proof["links"] for value in link["metrics"].values())
@@ -97,8 +67,8 @@ def test_the_chain_is_proven_and_written_down(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_onnx_equals_pytorch_on_odd_inputs_too(run: Path, model_dir: Path, batch: int) -> None:
-    model, settings = load_fold(run / "fold0")
+def test_onnx_equals_pytorch_on_odd_inputs_too(lora_run: Path, model_dir: Path, batch: int) -> None:
+    model, settings = load_fold(lora_run / "fold0")
     torch_engine = TorchEngine(model, draft_card(settings), torch.device("cpu"))
     onnx_engine = load(model_dir, device="cpu")
     rng = np.random.default_rng(0)
@@ -109,9 +79,9 @@ def test_onnx_equals_pytorch_on_odd_inputs_too(run: Path, model_dir: Path, batch
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_fp16_is_near_pytorch_on_odd_inputs_too(run: Path, model_dir: Path, tmp_path: Path, batch: int) -> None:
+def test_fp16_is_near_pytorch_on_odd_inputs_too(lora_run: Path, model_dir: Path, tmp_path: Path, batch: int) -> None:
     """With fp16's rounding, which ONNX Runtime's CPU provider alone would leave out."""
-    model, settings = load_fold(run / "fold0")
+    model, settings = load_fold(lora_run / "fold0")
     torch_engine = TorchEngine(model, draft_card(settings), torch.device("cpu"))
     rounded(model_dir / "model.fp16.onnx", tmp_path / "rounded.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "rounded.onnx", providers=["CPUExecutionProvider"])
@@ -155,9 +125,11 @@ def test_the_graph_is_plain(model_dir: Path) -> None:
     assert not [t.name for t in model.graph.initializer if any(part in t.name for part in unused)]
 
 
-def test_infer_repeats_training_s_test_figures(small_data: Path, run: Path, model_dir: Path, tmp_path: Path) -> None:
-    trained = json.loads((run / "fold0" / "metrics.json").read_text())
-    with (run / "folds.csv").open(newline="") as stream:
+def test_infer_repeats_training_s_test_figures(
+    small_data: Path, lora_run: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    trained = json.loads((lora_run / "fold0" / "metrics.json").read_text())
+    with (lora_run / "folds.csv").open(newline="") as stream:
         names = [r["image"] for r in csv.DictReader(stream) if (r["fold"], r["part"]) == ("fold0", "test")]
     samples = [s for s in find_samples(small_data) if s.name in names]
     inputs = [str(s.image) for s in samples]
@@ -180,57 +152,16 @@ def test_weights_stored_as_fp16_halve_the_file(model_dir: Path, tmp_path: Path) 
     assert half["parameters"] == whole["parameters"]
 
 
-def test_a_crash_of_onnxsim_keeps_the_unsimplified_graph(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(graph, "_SIMPLIFY", "import os; os.abort()")
-    lines: list[str] = []
-    settings = Settings(run / "fold0", tmp_path / "m", tiles=2, tile=(448,), precisions=("fp32",))
-    export_build.build(settings, lines.append)
-    assert any("warning: onnxsim ended with -6" in line for line in lines)
-    assert [link["after"] for link in json.loads((tmp_path / "m" / "parity.json").read_text())["links"]] == [
-        "merged",
-        "exported",
-    ]
-    assert load(tmp_path / "m", device="cpu").card.name == "nsam"
-
-
-def test_a_link_that_fails_leaves_no_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load_merged = export_build.load_merged
-
-    def wrong(fold_dir: Path) -> torch.nn.Module:
-        merged = load_merged(fold_dir)
-        with torch.no_grad():
-            merged.encoder.vit.stages[1].blocks[0].mlp.fc1.weight.mul_(1.01)
-        return merged
-
-    monkeypatch.setattr(export_build, "load_merged", wrong)
-    options = [str(run / "fold0"), "--out", str(tmp_path / "m"), "--tiles", "2", "--tile", "448"]
-    options += ["--precisions", "fp32"]
-    result = CliRunner().invoke(export_main, options)
-    assert result.exit_code == 2
-    assert "parity `torch -> merged` failed" in result.stderr
-    assert not list(tmp_path.iterdir())
-    result = CliRunner().invoke(export_main, [*options, "--force"])
-    assert result.exit_code == 0, result.output
-    card = ModelCard.read(tmp_path / "m")
-    assert card.failed_links == ("torch -> merged",)
-    assert "parity failed at torch -> merged" in load(tmp_path / "m", device="cpu").device
-    result = CliRunner().invoke(export_main, ["--check", str(tmp_path / "m")])
-    assert result.exit_code == 2
-    assert "parity failed when it was made (torch -> merged)" in result.stderr
-
-
-def test_what_cannot_be_exported_is_one_line(run: Path, model_dir: Path, small_data: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_one_line(lora_run: Path, model_dir: Path, small_data: Path, tmp_path: Path) -> None:
     def fails(*arguments: str) -> str:
         result = CliRunner().invoke(export_main, list(arguments))
         assert result.exit_code == 2
         assert len(result.stderr.strip().splitlines()) == 1
         return result.stderr
 
-    fold = str(run / "fold0")
+    fold = str(lora_run / "fold0")
     assert "exists; pass --overwrite" in fails(fold, "--out", str(model_dir))
-    for no_model in (run, run.parent):
+    for no_model in (lora_run, lora_run.parent):
         assert "no model; --overwrite replaces nothing else" in fails(fold, "--out", str(no_model), "--overwrite")
     shutil.copytree(model_dir, tmp_path / "damaged")
     (tmp_path / "damaged" / "parity.json").write_text("{")
@@ -242,32 +173,3 @@ def test_what_cannot_be_exported_is_one_line(run: Path, model_dir: Path, small_d
     assert "`--tile` must be a multiple of 16, is 100" in fails(fold, "--out", str(tmp_path / "m"), "--tile", "100")
     assert "too far from the 0.25 of this network" in fails(fold, "--out", str(tmp_path / "m"), "--mpp", "0.6")
     assert "less than half a tile of 224 px, is 224" in fails(fold, "--out", str(tmp_path / "m"), "--tile-halo", "224")
-
-
-@pytest.mark.parametrize("store", ["fp32", "fp16"])
-def test_an_exported_model_is_a_base(run: Path, tmp_path: Path, store: str) -> None:
-    out = tmp_path / "m"
-    options = ["--tiles", "2", "--store", store, "--precisions", "fp32", "--tile", "224", "--tile-halo", "16"]
-    options += ["--mpp", "0.3"]
-    result = CliRunner().invoke(export_main, [str(run / "fold0"), "--out", str(out), *options])
-    assert result.exit_code == 0, result.output
-    card = load(out, device="cpu").card
-    assert (card.input.size, card.post.tile_halo_px, card.input.mpp) == (224, 16, 0.3)
-    settings = replace(load_fold(run / "fold0")[1], base=str(out), tune="lora")
-    reread = build_model(settings)[0].eval()
-    images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
-    with torch.inference_mode():
-        expected = load_merged(run / "fold0")(images)
-        # LoRA begins with B = 0; the base alone answers.
-        torch.testing.assert_close(reread(images), expected, rtol=0, atol=1e-4 if store == "fp32" else 0.05)
-    for weights, beside in (
-        (out / "base.safetensors", out / "card.json"),
-        (run / "fold0" / "best.safetensors", run / "fold0" / "history.csv"),
-    ):
-        assert weights.stat().st_mode == beside.stat().st_mode, "colleagues read them, too"
-    assert (out / "base.safetensors").stat().st_size < (17e6 if store == "fp32" else 9e6)
-    with pytest.raises(ModelError, match="are asked for"):
-        build_model(replace(settings, channels=("nucleus",)))
-    (out / "base.safetensors").write_bytes(b"x")
-    with pytest.raises(ModelError, match="was changed or cut"):
-        build_model(settings)

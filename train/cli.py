@@ -94,11 +94,12 @@ def main(data: Path, out: Path, verbose: bool, **options: Any) -> None:
 
 def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     """Run the command; heavy imports are here, so that --help is quick."""
+    from collections import Counter
     from dataclasses import fields, replace
 
     import torch
 
-    from nsam.train.checkpoint import build_model
+    from nsam.train.checkpoint import build_model, read_settings
     from nsam.train.crossval import cross_validate, repeat_tests
     from nsam.train.data import check_distinct, find_extra, find_samples
     from nsam.train.folds import FOLDS
@@ -111,7 +112,9 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     chosen = {name: value for name, value in options.items() if name in known and value is not None}
     if chosen["base"] not in NAMED_BASES and Path(chosen["base"]).exists():
         chosen["base"] = str(Path(chosen["base"]).resolve())  # the run may be resumed and exported from elsewhere
-    settings = replace(RECIPES[options["recipe"]], **chosen)
+    settings = (
+        read_settings(out / "config.json") if options["eval_only"] else replace(RECIPES[options["recipe"]], **chosen)
+    )
     which = parse_folds(options["fold"], 1 + len(options["extra"]) if settings.folds == "source" else FOLDS)
     device = pick_device(options["device"])
     if options["threads"]:
@@ -130,8 +133,11 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     log.info("%d images in %d groups, device %s", len(samples), len({s.group for s in samples}), device)
     if extra:
         log.info("%d images of other sources", len(extra))
+    for mpp, count in sorted(Counter(sample.mpp for sample in (*samples, *extra)).items()):
+        log.info("%d images are taken to be of %.4g µm/px", count, mpp)
     if options["eval_only"]:
-        repeat_tests(samples, extra, out, which, device=device, say=log.info)
+        finished = [name for name in which if (out / name / "metrics.json").is_file()]
+        repeat_tests(samples, extra, out, finished or which, device=device, say=log.info)
         return
     if settings.batch % group.size:
         raise ValueError(f"`--batch` must be a multiple of the {group.size} processes, is {settings.batch}")

@@ -16,6 +16,7 @@ from skimage.measure import label
 
 from nsam.runtime.errors import InputError
 from nsam.runtime.readers import image_mpp
+from nsam.runtime.scales import NO_MPP
 from nsam.runtime.slides import IMAGE_EXTENSIONS, TIFF_EXTENSIONS, open_slide
 from nsam.train.annotations import read_annotations
 
@@ -53,7 +54,7 @@ def find_samples(root: Path, mpp: float | None = None) -> list[Sample]:
         mpp: µm per px of all images; None: .17 for NuInsSeg, and for a pair what each image says, or .25.
 
     Raises:
-        InputError: no images, or images and labels that do not match one to one.
+        InputError: no images, images and labels that do not match one to one, or a scale that is stated wrongly.
     """
     if not root.is_dir():
         raise InputError(f"`{root}`: no such folder; name NuInsSeg's, or one with `images` and `labels`")
@@ -109,11 +110,15 @@ def check_distinct(samples: Sequence[Sample]) -> None:
 def _own_mpp(image: Path) -> float:
     try:
         if image.suffix.lower() in IMAGE_EXTENSIONS:
-            return image_mpp(image)[0] or DEFAULT_MPP  # without decoding it
-        with open_slide(image) as slide:
-            return slide.mpp or DEFAULT_MPP
+            mpp, said_by = image_mpp(image)  # without decoding it
+        else:
+            with open_slide(image) as slide:
+                mpp, said_by = slide.mpp, slide.mpp_source
     except InputError:
         return DEFAULT_MPP  # what is wrong with it is told when it is read
+    if mpp is None and said_by != NO_MPP[1]:
+        raise InputError(f"`{image}`: {said_by}; pass its scale, by --data-mpp or --extra-mpp")
+    return mpp or DEFAULT_MPP
 
 
 def _match(images_dir: Path, labels_dir: Path) -> list[tuple[Path, Path]]:

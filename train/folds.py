@@ -44,7 +44,7 @@ def make_folds(
 
     Raises:
         ValueError: fewer samples or groups than folds, or an unknown kind.
-        InputError: `source` without another source.
+        InputError: `source` without another source, or with too small ones.
     """
     if kind == "source":
         return _leave_one_out([*samples, *extra], validation_share)
@@ -83,7 +83,10 @@ def _leave_one_out(samples: list[Sample], validation_share: float) -> list[Fold]
     folds = []
     for k, (root, test) in enumerate(sources.items()):
         others = [source for other, source in sources.items() if other != root]
-        folds.append(Fold(*_set_aside(others, validation_share, k), test))
+        train, validation = _set_aside(others, validation_share, k)
+        if not train:
+            raise InputError(f"`{root}`: the other sources have one image each, too few to train and choose thresholds")
+        folds.append(Fold(train, validation, test))
     return folds
 
 

@@ -1,0 +1,91 @@
+"""An export that cannot be proven leaves no model, one whose simplifier crashes does; what it makes is a base."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from nsam.export import build as export_build
+from nsam.export import graph
+from nsam.export.cli import main as export_main
+from nsam.export.merge import load_merged
+from nsam.export.settings import Settings
+from nsam.runtime.card import ModelCard
+from nsam.runtime.engines import load
+from nsam.runtime.errors import ModelError
+from nsam.train.checkpoint import build_model, load_fold
+
+
+def test_a_crash_of_onnxsim_keeps_the_unsimplified_graph(
+    lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "_SIMPLIFY", "import os; os.abort()")
+    lines: list[str] = []
+    settings = Settings(lora_run / "fold0", tmp_path / "m", tiles=2, tile=(448,), precisions=("fp32",))
+    export_build.build(settings, lines.append)
+    assert any("warning: onnxsim ended with -6" in line for line in lines)
+    proof = json.loads((tmp_path / "m" / "parity.json").read_text())
+    assert [link["after"] for link in proof["links"]] == ["merged", "exported"]
+    # One validation image gives several tiles, and training images help out: equality needs no unseen tissue.
+    assert (proof["tiles"], proof["batches"], proof["images"], proof["trained_on"]) == (2, [1, 2], 8, 7)
+    assert load(tmp_path / "m", device="cpu").card.name == "nsam"
+
+
+def test_a_link_that_fails_leaves_no_model(lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_merged = export_build.load_merged
+
+    def wrong(fold_dir: Path) -> torch.nn.Module:
+        merged = load_merged(fold_dir)
+        with torch.no_grad():
+            merged.encoder.vit.stages[1].blocks[0].mlp.fc1.weight.mul_(1.01)
+        return merged
+
+    monkeypatch.setattr(export_build, "load_merged", wrong)
+    options = [str(lora_run / "fold0"), "--out", str(tmp_path / "m"), "--tiles", "2", "--tile", "448"]
+    options += ["--images", "1", "--precisions", "fp32"]
+    result = CliRunner().invoke(export_main, options)
+    assert result.exit_code == 2
+    assert "parity `torch -> merged` failed" in result.stderr
+    assert not list(tmp_path.iterdir())
+    result = CliRunner().invoke(export_main, [*options, "--force"])
+    assert result.exit_code == 0, result.output
+    card = ModelCard.read(tmp_path / "m")
+    assert card.failed_links == ("torch -> merged",)
+    assert "parity failed at torch -> merged" in load(tmp_path / "m", device="cpu").device
+    result = CliRunner().invoke(export_main, ["--check", str(tmp_path / "m")])
+    assert result.exit_code == 2
+    assert "parity failed when it was made (torch -> merged)" in result.stderr
+
+
+@pytest.mark.parametrize("store", ["fp32", "fp16"])
+def test_an_exported_model_is_a_base(lora_run: Path, tmp_path: Path, store: str) -> None:
+    out = tmp_path / "m"
+    options = ["--tiles", "2", "--store", store, "--precisions", "fp32", "--tile", "224", "--tile-halo", "16"]
+    options += ["--mpp", "0.3", "--images", "1"]
+    result = CliRunner().invoke(export_main, [str(lora_run / "fold0"), "--out", str(out), *options])
+    assert result.exit_code == 0, result.output
+    card = load(out, device="cpu").card
+    assert (card.input.size, card.post.tile_halo_px, card.input.mpp) == (224, 16, 0.3)
+    settings = replace(load_fold(lora_run / "fold0")[1], base=str(out), tune="lora")
+    reread = build_model(settings)[0].eval()
+    images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = load_merged(lora_run / "fold0")(images)
+        # LoRA begins with B = 0; the base alone answers.
+        torch.testing.assert_close(reread(images), expected, rtol=0, atol=1e-4 if store == "fp32" else 0.05)
+    for weights, beside in (
+        (out / "base.safetensors", out / "card.json"),
+        (lora_run / "fold0" / "best.safetensors", lora_run / "fold0" / "history.csv"),
+    ):
+        assert weights.stat().st_mode == beside.stat().st_mode, "colleagues read them, too"
+    assert (out / "base.safetensors").stat().st_size < (17e6 if store == "fp32" else 9e6)
+    with pytest.raises(ModelError, match="are asked for"):
+        build_model(replace(settings, channels=("nucleus",)))
+    (out / "base.safetensors").write_bytes(b"x")
+    with pytest.raises(ModelError, match="was changed or cut"):
+        build_model(settings)
