@@ -96,22 +96,20 @@ def test_labels_that_would_teach_nonsense_are_named(tmp_path: Path) -> None:
 def test_an_image_that_says_its_scale_is_believed(tmp_path: Path) -> None:
     make_pair(tmp_path)
     (tmp_path / "images" / "a.png").unlink()
-    tifffile.imwrite(
-        tmp_path / "images" / "a.tif",
-        np.zeros((16, 16, 3), np.uint8),
-        photometric="rgb",
-        resolution=(20_000, 20_000),
-        resolutionunit="CENTIMETER",
-    )
+
+    def write(*dots_per_cm: int) -> None:
+        tifffile.imwrite(
+            tmp_path / "images" / "a.tif",
+            np.zeros((16, 16, 3), np.uint8),
+            photometric="rgb",
+            resolution=dots_per_cm,
+            resolutionunit="CENTIMETER",
+        )
+
+    write(20_000, 20_000)
     assert find_samples(tmp_path)[0].mpp == pytest.approx(0.5)
     assert find_samples(tmp_path, 0.3)[0].mpp == 0.3
-    tifffile.imwrite(
-        tmp_path / "images" / "a.tif",
-        np.zeros((16, 16, 3), np.uint8),
-        photometric="rgb",
-        resolution=(20_000, 22_000),
-        resolutionunit="CENTIMETER",
-    )
+    write(20_000, 22_000)
     with pytest.raises(InputError, match=r"a\.tif`: its mpp differs between x .* pass its scale"):
         find_samples(tmp_path)
     assert find_samples(tmp_path, 0.3)[0].mpp == 0.3
