@@ -84,8 +84,8 @@ def main(
     asked = {"base": base, "crops": crops, "fold": fold, "seed": seed}
     asked |= {"data": hash_samples([*parts.train, *parts.validation, *strangers])}
     found = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {"asked": asked, "rows": {}}
-    if found["asked"] != asked:
-        raise InputError(f"`--out {out}`: its rows are of other data or options ({found['asked']}); pass another")
+    if (before := found.get("asked")) != asked:
+        raise InputError(f"`--out {out}`: its rows are of other data or options ({before}); pass another")
     rows: dict[str, Any] = found["rows"]
     variants = VARIANTS if base == "none" else VARIANTS | TUNED
     wanted = [name for name in (only.split(",") if only else variants) if name not in rows]

@@ -26,7 +26,7 @@ from nsam.runtime.engines import FILES, Engine, load
 from nsam.runtime.errors import DeviceError, InputError, ModelError, OutputError
 from nsam.runtime.settings import Device, Precision
 from nsam.train.checkpoint import load_fold
-from nsam.train.data import Sample, find_extra, find_samples
+from nsam.train.data import DEFAULT_MPP, Sample, find_extra, find_samples
 from nsam.train.encoder import WINDOW
 from nsam.train.evaluate import TorchEngine, draft_card
 from nsam.train.exported import BASE_NAME, write_base
@@ -153,8 +153,10 @@ def _build_in(
         if passed:
             proven.append("bf16")
     if "int8" in settings.precisions:
-        tiles = real_tiles(fold_samples(settings, "train"), card, card.input.size, settings.calibration)
+        others = [sample for sample in fold_samples(settings, "train") if sample not in trained_on]
+        tiles = real_tiles(others or trained_on, card, card.input.size, settings.calibration)
         int8, details["int8"] = make_int8(graphs[fp32], scratch, chain, fp32, load_graph, tiles, say)
+        details["int8"]["ranges_of_proof"] = not others  # of few images all are in it
         if int8:
             graphs["int8"] = int8
             shipped["model.int8.onnx"] = ("int8", int8)
@@ -208,7 +210,8 @@ def fold_samples(settings: Settings, part: str) -> list[Sample]:
     """
     run, fold = settings.fold_dir.parent, settings.fold_dir.name
     root, *extra = settings.data or [Path(source) for source in _config(settings)["data"]["sources"]]
-    samples = [*find_samples(root), *(sample for source in extra for sample in find_extra(source))]
+    # Whatever they say of their scales: `folds.csv` holds those that count.
+    samples = [*find_samples(root, DEFAULT_MPP), *(s for source in extra for s in find_extra(source, DEFAULT_MPP))]
     found = {sample.name: sample for sample in samples}
     try:
         with (run / "folds.csv").open(newline="", encoding="utf-8") as stream:

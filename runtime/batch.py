@@ -19,6 +19,7 @@ from nsam.runtime.errors import OutputError
 from nsam.runtime.files import output_errors, printable, to_json, write_csv, write_text
 from nsam.runtime.inputs import Source, find_slides, folder_names
 from nsam.runtime.job import Job
+from nsam.runtime.lock import in_turn
 from nsam.runtime.outcome import Outcome
 from nsam.runtime.progress import Progress, progress
 from nsam.runtime.report import REPORT_NAME, report_at_end
@@ -46,63 +47,92 @@ def run(settings: Settings) -> int:
     if not settings.overwrite:
         _check_ours(settings.out)
     job = Job.of(settings)
-    failed_csv = settings.out / FAILED_NAME
-    failures: list[Outcome] = []
-    done = skipped = nuclei = 0
-    mm2 = 0.0
-    with _place(settings) as place, report_at_end(settings.out), progress(len(sources)) as bar:
+    with _place(settings) as place, progress(len(sources)) as bar:
         device = place.begin(job)
         bar.say(f"device: {device}")
         write_text(settings.out / RUN_NAME, describe(settings, job.card, device, job.run_hash))
-        ours = {printable(name) for source in sources for name in (source.path.absolute(), source.real_path)}
-        _write_failures(failed_csv, ours, [])
-
-        def note(failures: list[Outcome]) -> None:
-            try:
-                _write_failures(failed_csv, ours, failures)
-            except OutputError as error:  # a full disk, say; others may still be skipped or be told why they fail
-                bar.say(str(error), error=True)
-
-        names = folder_names([source.path for source in sources], settings.out)
-        work = {source: settings.out / names[source.path] for source in sources}
-        order = {source: i for i, source in enumerate(sources)}
-        for outcome in _outcomes(place, job, work, bar):
-            path = outcome.source.path
-            if outcome.failure:
-                bar.say(f"failed: {outcome.failure[1]}", error=True)
-                failures = sorted([*failures, outcome], key=lambda failed: order[failed.source])
-                note(failures)
-            elif outcome.nuclei is None:
-                skipped += 1
-                bar.say(f"{path}: done before, skipped")
-            else:
-                done, nuclei, mm2 = done + 1, nuclei + outcome.nuclei, mm2 + outcome.mm2
-                bar.say(
-                    f"{path}: {outcome.nuclei} nuclei in {outcome.mm2:.3g} mm², {outcome.seconds:.1f} s "
-                    f"({outcome.mm2 / outcome.seconds:.2g} mm²/s)"
-                )
-                for remark in outcome.remarks:
-                    bar.say(f"{path}: {remark}")
-        note(failures)  # another run, too, may have said something of these slides that no longer holds
+        with report_at_end(settings.out):
+            tally = _segment(sources, place, job, bar)
     seconds = time.monotonic() - begin
     click.echo(
-        f"{done} slides done, {skipped} skipped, {len(failures)} failed; "
-        f"{nuclei} nuclei in {mm2:.3g} mm², {seconds:.1f} s ({mm2 / seconds:.2g} mm²/s)"
+        f"{tally.done} slides done, {tally.skipped} skipped, {len(tally.failures)} failed; "
+        f"{tally.nuclei} nuclei in {tally.mm2:.3g} mm², {seconds:.1f} s ({tally.mm2 / seconds:.2g} mm²/s)"
     )
-    return len(failures)
+    return len(tally.failures)
+
+
+@dataclasses.dataclass
+class _Tally:
+    """What has become of a run's slides."""
+
+    done: int = 0
+    skipped: int = 0
+    nuclei: int = 0
+    mm2: float = 0.0
+    failures: list[Outcome] = dataclasses.field(default_factory=list)
+
+
+def _segment(sources: list[Source], place: Place, job: Job, bar: Progress) -> _Tally:
+    """Work on all slides, tell of each, and keep `failed.csv`."""
+    out = job.settings.out
+    names = folder_names([source.path for source in sources], out)
+    work = {source: out / names[source.path] for source in sources}
+    order = {source: i for i, source in enumerate(sources)}
+    ours = {printable(name) for source in sources for name in (source.path.absolute(), source.real_path)}
+    tally = _Tally()
+
+    def note() -> None:
+        try:
+            _write_failures(out / FAILED_NAME, ours, tally.failures)
+        except OutputError as error:  # a full disk, say; others may still be skipped or be told why they fail
+            bar.say(str(error), error=True)
+
+    _write_failures(out / FAILED_NAME, ours, [])
+    for outcome in _outcomes(place, job, work, bar):
+        path = outcome.source.path
+        if outcome.failure:
+            bar.say(f"failed: {outcome.failure[1]}", error=True)
+            tally.failures = sorted([*tally.failures, outcome], key=lambda failed: order[failed.source])
+            note()
+        elif outcome.nuclei is None:
+            tally.skipped += 1
+            bar.say(f"{path}: done before, skipped")
+        else:
+            tally.done += 1
+            tally.nuclei += outcome.nuclei
+            tally.mm2 += outcome.mm2
+            bar.say(
+                f"{path}: {outcome.nuclei} nuclei in {outcome.mm2:.3g} mm², {outcome.seconds:.1f} s "
+                f"({outcome.mm2 / outcome.seconds:.2g} mm²/s)"
+            )
+            for remark in outcome.remarks:
+                bar.say(f"{path}: {remark}")
+    note()  # another run, too, may have said something of these slides that no longer holds
+    return tally
 
 
 def _outcomes(place: Place, job: Job, work: dict[Source, Path], bar: Progress) -> Iterator[Outcome]:
     """What becomes of each slide; those that another run is writing are looked at again when the others are done."""
-    busy = {}
+    busy: dict[Source, Path] = {}
     for outcome in place.outcomes(job, work, bar):
-        if outcome.failure and outcome.failure[0] == "busy":
+        if _is_busy(outcome):
             busy[outcome.source] = work[outcome.source]
             bar.say(f"{outcome.source.path}: another run is writing it; looked at again when the others are done")
         else:
             yield outcome
-    if busy:
-        yield from place.outcomes(job, busy, bar)
+    still = []
+    for outcome in place.outcomes(job, busy, bar) if busy else ():
+        if _is_busy(outcome):
+            still.append(outcome)
+        else:
+            yield outcome
+    for outcome in still:  # it may have ended while this run did others
+        done = job.is_done(outcome.source, work[outcome.source])
+        yield Outcome(outcome.source) if done else outcome
+
+
+def _is_busy(outcome: Outcome) -> bool:
+    return outcome.failure is not None and outcome.failure[0] == "busy"
 
 
 class Place(Protocol):
@@ -182,16 +212,17 @@ def _write_failures(path: Path, ours: set[str], failures: list[Outcome]) -> None
     Raises:
         OutputError: it cannot be written.
     """
-    # By its name first: to follow this run's own links again at each failure would take the square of their number.
-    rows = [
-        row
-        for row in read_failures(path)
-        if row[1] != UNREADABLE and row[0] not in ours and os.path.realpath(row[0]) not in ours
-    ]
-    # Whole paths: the next run may begin in another folder.
-    rows += [(str(failed.source.path.absolute()), *(failed.failure or ("", ""))) for failed in failures]
-    if not rows:
-        with output_errors(path):
-            path.unlink(missing_ok=True)
-        return
-    write_csv(path, ("slide", "stage", "reason"), rows)
+    with in_turn(path.parent):  # runs that share it would lose each other's lines
+        # By its name first: to follow this run's own links again at each failure would take the square of their number.
+        rows = [
+            row
+            for row in read_failures(path)
+            if row[1] != UNREADABLE and row[0] not in ours and os.path.realpath(row[0]) not in ours
+        ]
+        # Whole paths: the next run may begin in another folder.
+        rows += [(str(failed.source.path.absolute()), *(failed.failure or ("", ""))) for failed in failures]
+        if not rows:
+            with output_errors(path):
+                path.unlink(missing_ok=True)
+            return
+        write_csv(path, ("slide", "stage", "reason"), rows)

@@ -34,6 +34,7 @@ class BySize:
         self._keep = keep
         self._engines = {(size, 1): make(size, 1)}
         self.card = self._engines[size, 1].card
+        self.precision = self._engines[size, 1].precision
         self.device = self._engines[size, 1].device
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

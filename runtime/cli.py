@@ -159,9 +159,9 @@ def main(verbose: bool, dry_run: bool, **options: Any) -> None:
     else:
         # What tifffile logs of a damaged file is told by the error that follows.
         logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    from nsam.runtime import batch, plan
-
     try:
+        from nsam.runtime import batch, plan
+
         failures = (plan.dry_run if dry_run else batch.run)(Settings(**options))
     except KeyboardInterrupt:
         click.echo("interrupted; finished slides are kept", err=True)

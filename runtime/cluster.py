@@ -7,23 +7,26 @@ results are the same to the byte, and a worker that dies loses its present task 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
-import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from heapq import heapreplace
 from importlib import import_module
 from itertools import pairwise
 from multiprocessing import resource_tracker
 from operator import itemgetter
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 from nsam.runtime.engines import available_cores
 from nsam.runtime.errors import DeviceError, first_line
 from nsam.runtime.inputs import Source
+from nsam.runtime.interrupts import uninterrupted
 from nsam.runtime.job import Job
 from nsam.runtime.outcome import Failed, Outcome
 from nsam.runtime.progress import Progress
@@ -38,6 +41,8 @@ IDLE = 0.1
 #: Workers that may die over a task before it is given up, where the scheduler is ours.
 TRIES = 3
 CONNECT_SECONDS = 30
+#: Without a result, after which somebody looks whether any worker works.
+WATCH_SECONDS = 60
 
 #: A worker of several threads still runs one network at a time: it has all of them.
 _turn = threading.Lock()
@@ -88,9 +93,15 @@ class Cluster:
         )
         try:
             if self._address.partition(":")[0] == "local":
-                with _uninterrupted():
+                resource_tracker.ensure_running()  # multiprocessing's: started inside, it would let Ctrl-C in
+                # Dask's start answers Ctrl-C with tracebacks, and so do workers, to which a terminal sends it as well.
+                with uninterrupted():
                     self._local = distributed.LocalCluster(
-                        n_workers=_count(self._address), threads_per_worker=1, dashboard_address=":0", silence_logs=50
+                        n_workers=_count(self._address),
+                        threads_per_worker=1,
+                        memory_limit=None,  # what a slide needs does not shrink by waiting
+                        dashboard_address=":0",
+                        silence_logs=50,
                     )
                     self._client = distributed.Client(self._local)
             elif "://" in self._address:
@@ -100,13 +111,13 @@ class Cluster:
             else:
                 self._client = distributed.Client(scheduler_file=self._address, timeout=CONNECT_SECONDS)
             self._client.wait_for_workers(1, timeout=CONNECT_SECONDS)
-        except (OSError, TimeoutError, ValueError) as error:
+        except (OSError, TimeoutError, asyncio.TimeoutError, ValueError) as error:  # the third: Python 3.10
             raise DeviceError(
                 f"`--cluster {self._address}`: cannot be reached ({error}); give the scheduler's tcp://HOST:PORT, its "
                 "file, or local:N"
             ) from error
-        workers = self._client.scheduler_info(n_workers=-1)["workers"]
-        gpus = sum("GPU" in worker["resources"] for worker in workers.values())
+        workers = self._states()
+        gpus = sum("GPU" in worker["resources"] for worker in workers)
         self._resources = {"GPU": 1} if gpus else {}
         self._workers = gpus or len(workers)
         return f"{len(workers)} workers of {self._address}, dashboard {self._client.dashboard_link}"
@@ -117,17 +128,17 @@ class Cluster:
         if self._local and settings.threads is None:  # elsewhere a worker takes what its machine gives it
             settings = dataclasses.replace(settings, threads=max(1, available_cores() // self._workers))
         model = settings.model and settings.model.absolute()  # a worker may run in another folder
-        job = dataclasses.replace(job, settings=dataclasses.replace(settings, model=model))
+        job = dataclasses.replace(job, settings=dataclasses.replace(settings, model=model, inputs=()))  # thousands
         regions_left: dict[Source, int] = {}
         sources: dict[Any, Source] = {}
-        running = _dask()[1].as_completed()
+        ended: Queue[Any] = Queue()
 
         def submit(priority: int, kind: Any, source: Source, *arguments: Any) -> None:
             there = source._replace(path=source.path.absolute(), mask=source.mask and source.mask.absolute())
             task = (kind, job, there, work[source].absolute(), *arguments)
             future = self._client.submit(*task, pure=False, resources=self._resources, priority=priority)
             sources[future] = source
-            running.add(future)
+            future.add_done_callback(ended.put)
 
         # Largest first, by the files' sizes, as thousands may be waiting: the small ones fill what is left of the
         # workers' time at the end.
@@ -135,7 +146,12 @@ class Cluster:
         idle = idle_share([size for size, _ in slides], self._workers)
         for _, source in slides:
             submit(0, begin_slide, source, self._workers if idle > IDLE else 1)
-        for future in running:
+        while sources:
+            try:
+                future = ended.get(timeout=WATCH_SECONDS)
+            except Empty:
+                self._tell_of_rest(bar)
+                continue
             if future not in sources:  # of a slide that was given up
                 continue
             source = sources.pop(future)
@@ -159,12 +175,22 @@ class Cluster:
                 bar.begin(work[source].name)
                 yield _as_given(result, source, work[source])
 
+    def _states(self) -> list[dict[str, Any]]:
+        return list(self._client.scheduler_info(n_workers=-1)["workers"].values())
+
+    def _tell_of_rest(self, bar: Progress) -> None:
+        """Say so where slides wait, and no worker works."""
+        states = Counter(worker["status"] for worker in self._states())
+        if not states["running"]:
+            told = ", ".join(f"{count} {state}" for state, count in states.items()) or "none is there"
+            bar.say(f"waiting: no worker of {self._address} runs ({told}); see their logs, or add workers", error=True)
+
 
 def begin_slide(job: Job, source: Source, folder: Path, parts: int) -> Outcome | list[tuple[int, int]]:
     """On a worker: segment a small slide whole; of a large one only the bands [first, last) of its regions."""
     regions = []
     with suppress(Failed):  # `finish_slide` meets it again, and tells
-        if not job.earlier(source, folder)[1]:
+        if not job.is_done(source, folder):
             with job.opened(source) as (_, frame, _):
                 regions = cut(len(frame.bands), parts)
     return regions if len(regions) > 1 else finish_slide(job, source, folder)
@@ -207,23 +233,6 @@ def _as_given(outcome: Outcome, source: Source, folder: Path) -> Outcome:
     for path in filter(None, (source.path, source.mask, folder)):
         reason = reason.replace(str(path.absolute()), str(path))
     return outcome._replace(source=source, failure=(stage, reason) if outcome.failure else None)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of this; threads and processes that begin here, and theirs, leave it to this thread.
-
-    Dask's start answers it with tracebacks, and so do workers, to which a terminal sends it as well.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    resource_tracker.ensure_running()  # multiprocessing's: started inside, it would let Ctrl-C in
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _dask() -> tuple[Any, Any]:

@@ -14,11 +14,11 @@ from nsam.runtime.errors import InputError, OutputError
 from nsam.runtime.files import to_json
 from nsam.runtime.inputs import Source
 from nsam.runtime.results import read_json
-from nsam.runtime.settings import BANDS_NAME, DONE_NAME, OUTPUTS, RESULT_NAMES, Settings
+from nsam.runtime.settings import BANDS_NAME, DONE_NAME, OUTPUTS, RESULT_NAMES, Precision, Settings
 
 
 def run_hash_of(card: ModelCard, settings: Settings) -> str:
-    """A hash of all in a run that changes the results."""
+    """A hash of all in a run that changes the results, but for the network's precision, which `auto` leaves open."""
     return _hash(
         {
             "nsam": version("nsam"),
@@ -27,15 +27,17 @@ def run_hash_of(card: ModelCard, settings: Settings) -> str:
             "mpp": settings.mpp,
             "tta": settings.tta,
             "network_mpp": card.input.mpp,
-            "precision": settings.precision,
             "tissue_mask": settings.tissue_mask,
             "roi": settings.roi,
         }
     )
 
 
-def about(source: Source, run_hash: str) -> dict[str, Any]:
-    """What decides over a slide's results, as it stands in `slide.json`: its file, and a hash of all settings.
+def about(source: Source, run_hash: str, precision: Precision) -> dict[str, Any]:
+    """What decides over a slide's results, as it stands in `slide.json`: its file, a hash of all settings, and the
+    network's precision. Devices count as equal.
+
+    To be called before the file is read: one that is written anew meanwhile is then seen to have changed.
 
     Raises:
         InputError: its mask cannot be read.
@@ -52,6 +54,7 @@ def about(source: Source, run_hash: str) -> dict[str, Any]:
         "bytes": source.size,  # another slide may come to lie at the same path
         "modified_ns": source.modified_ns,
         "slide_hash": slide_hash,
+        "precision": precision,
     }
 
 
@@ -75,11 +78,19 @@ def earlier(folder: Path, wanted: dict[str, Any], settings: Settings) -> tuple[b
         raise OutputError(f"`{there[0]}`: is of no run of nsam; pass --overwrite to replace it, or another --out")
     before = read_json(folder / DONE_NAME)  # empty if broken, for then nothing is finished
     other = {name for name, value in wanted.items() if before.get(name) != value}
+    if wanted["precision"] == "auto":  # any that was proven will do
+        other.discard("precision")
     if before and other and not settings.overwrite:
         if "path" in other:
             what = f"of another slide ({before.get('path')})"
+        elif before.get("nsam") != version("nsam"):
+            what = f"of another version of nsam ({before.get('nsam')})"
+        elif "slide_hash" in other:
+            what = "of other settings"
         else:
-            what = "of other settings" if "slide_hash" in other else "of the slide before it was changed"
+            what = (
+                f"made in {before.get('precision')}" if "precision" in other else "of the slide before it was changed"
+            )
         raise OutputError(f"`{folder}`: holds results {what}; pass --overwrite, or another --out")
     return not other, not other and all((folder / OUTPUTS[name]).is_file() for name in settings.outputs)
 

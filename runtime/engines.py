@@ -43,6 +43,7 @@ class Engine(Protocol):
     """A network that is ready to run."""
 
     card: ModelCard
+    precision: str  # one of `FILES`; of PyTorch, "torch"
     device: str  # what is really in use, e.g. "cpu fp32 (ONNX Runtime 1.20, 2 threads)"
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ from nsam.runtime.lock import alone
 from nsam.runtime.outcome import Failed, Outcome, at
 from nsam.runtime.pipeline import Progress, make_bands, segment_slide
 from nsam.runtime.region import Region
+from nsam.runtime.results import read_json
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, Settings
 from nsam.runtime.slides import Slide, open_slide
 from nsam.runtime.writers import write_results
@@ -76,17 +77,17 @@ class Job:
         Raises:
             Failed: with stage and reason.
         """
-        if self.earlier(source, folder)[1]:
+        wanted = self._about(source)
+        if self._earlier(wanted, folder)[1]:
             return None
         start = time.monotonic()
         with self.opened(source) as (slide, frame, mpp_source), at("infer"), alone(folder):
-            same, complete = self.earlier(source, folder)  # another run may have ended by now
+            same, complete = self._earlier(wanted, folder)  # another run may have ended by now
             if complete:
                 return None
-            wanted, engine = self._about(source), self.engine()
-            if not wanted["bytes"]:
-                raise InputError(f"`{source.path}`: went away while it was read")
-            store = self._store(source, folder, frame.mpp)
+            engine = self.engine()
+            same = same and read_json(folder / DONE_NAME).get("precision") == engine.precision
+            store = _store(folder, wanted, engine, frame.mpp)
             strips = segment_slide(
                 slide,
                 engine,
@@ -97,9 +98,12 @@ class Job:
                 store=store,
                 on_progress=on_progress,
             )
-            found = write_results(strips, slide, frame.mpp, folder, self.settings.outputs, frame.region)
+            # Closed before the slide is: what is suspended in it has threads that read.
+            with closing(strips):
+                found = write_results(strips, slide, frame.mpp, folder, self.settings.outputs, frame.region)
             done = {
                 **wanted,
+                "precision": engine.precision,
                 **_facts(slide, frame, mpp_source, found),
                 "seconds": round(time.monotonic() - start, 3),
                 "device": engine.device,
@@ -114,15 +118,11 @@ class Job:
             store.clear()
         return done
 
-    def earlier(self, source: Source, folder: Path) -> tuple[bool, bool]:
-        """See `done.earlier`.
-
-        Raises:
-            Failed: there are other results, which may not be overwritten.
-        """
-        about = self._about(source)
-        with at("write"):
-            return earlier(folder, about, self.settings)
+    def is_done(self, source: Source, folder: Path) -> bool:
+        """Whether all that is asked for of a slide is there; not, if what is there are other results."""
+        with suppress(Failed):  # `segment` meets it again, and tells
+            return self._earlier(self._about(source), folder)[1]
+        return False
 
     def make_bands(self, source: Source, folder: Path, first: int, last: int) -> None:
         """Make those of the bands [first, last) that are not there yet, for `segment` to find.
@@ -130,13 +130,16 @@ class Job:
         Raises:
             Failed: with stage and reason.
         """
+        wanted = self._about(source)
         with self.opened(source) as (slide, frame, _), at("infer"):
-            engine, store = self.engine(), self._store(source, folder, frame.mpp)
+            engine = self.engine()
+            store = _store(folder, wanted, engine, frame.mpp)
             first = next((band for band in range(first, last) if not store.has(band)), last)
             if first < last:
                 made = make_bands(slide, engine, frame, first, last, batch=self.settings.batch, workers=self._workers())
-                for band, nuclei in enumerate(made, first):
-                    store.write(band, nuclei)
+                with closing(made):
+                    for band, nuclei in enumerate(made, first):
+                        store.write(band, nuclei)
 
     @contextmanager
     def opened(self, source: Source) -> Iterator[tuple[Slide, Frame, str]]:
@@ -158,10 +161,11 @@ class Job:
 
     def _about(self, source: Source) -> dict[str, Any]:
         with at("mask"):
-            return about(source, self.run_hash)
+            return about(source, self.run_hash, self.settings.precision)
 
-    def _store(self, source: Source, folder: Path, mpp: float) -> BandStore:
-        return BandStore(folder, to_json({**self._about(source), "mpp": mpp}))
+    def _earlier(self, wanted: dict[str, Any], folder: Path) -> tuple[bool, bool]:
+        with at("write"):
+            return earlier(folder, wanted, self.settings)
 
     def _workers(self) -> int:
         return self.settings.workers or max(1, engines.available_cores() // 2)
@@ -170,6 +174,11 @@ class Job:
 @lru_cache(maxsize=1)
 def _engine(run_hash: str, *arguments: Any) -> engines.Engine:
     return engines.load(*arguments)
+
+
+def _store(folder: Path, wanted: dict[str, Any], engine: engines.Engine, mpp: float) -> BandStore:
+    # By the precision at hand: bands of two must not mix, though the results of any will do.
+    return BandStore(folder, to_json({**wanted, "precision": engine.precision, "mpp": mpp}))
 
 
 def _facts(slide: Slide, frame: Frame, mpp_source: str, found: dict[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nsam.runtime.errors import BusyError
 from nsam.runtime.files import output_errors
 
 _log = logging.getLogger(__name__)
+
+#: What holds a folder's small files so long is a process that was stopped.
+_PATIENCE_SECONDS = 30
 
 
 @contextmanager
@@ -40,6 +44,20 @@ def alone(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(held)
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """`alone`, for what takes a moment: whoever has the folder is waited for, though not for ever."""
+    with ExitStack() as stack:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                stack.enter_context(alone(folder))
+                break
+            except BusyError:
+                time.sleep(0.02)
+        yield
 
 
 def _locked(path: Path) -> int | None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nsam.runtime.card import SIZE_DIMENSION, ModelCard
 from nsam.runtime.engines import Engine, check_embedded, check_tensors
 from nsam.runtime.errors import DeviceError, ModelError, first_line
+from nsam.runtime.interrupts import uninterrupted
 
 _PROVIDERS = {
     "cpu": ["CPUExecutionProvider"],
@@ -36,6 +37,7 @@ class OnnxEngine(Engine):
             DeviceError: ONNX Runtime is missing, or has not this device.
         """
         self.card = card
+        self.precision = precision
         self._session = _session(path, card, device, threads, size)
         sides = (
             [(t.name, _KINDS.get(t.type, t.type), _shape(t.shape)) for t in tensors]
@@ -61,7 +63,8 @@ class OnnxEngine(Engine):
 def _onnxruntime(device: str) -> Any:
     # Imported late: a missing ONNX Runtime is told when it is needed, and costs nothing before.
     try:
-        import onnxruntime
+        with uninterrupted():
+            import onnxruntime
     except ImportError as error:
         raise DeviceError(
             f"`{device}` cannot be had: onnxruntime is not installed; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import Engine, check_embedded, check_tensors
 from nsam.runtime.errors import DeviceError, ModelError, UnfitError, first_line
+from nsam.runtime.interrupts import uninterrupted
 
 _KINDS = {"uint8_t": "uint8", "u8": "uint8", "float": "float32", "f32": "float32"}
 
@@ -28,14 +30,18 @@ class OpenvinoEngine(Engine):
             ModelError: the graph cannot be loaded or does not fit the card.
             DeviceError: OpenVINO is missing; `UnfitError` where the CPU has no bf16.
         """
+        # Its telemetry would tell Google Analytics of each import; without it openvino takes a stand-in of its own.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         try:
-            import openvino
+            with uninterrupted():
+                import openvino
         except ImportError as error:
             raise DeviceError("`openvino` is not installed; pip install 'nsam[openvino]'") from error
         # Its binding sets numpy up at the first array that it gives back. Two threads that come there at the same time
         # wait for each other without end: one holds that step and wants the interpreter, the other the reverse.
         _ = openvino.Tensor(np.zeros(1, np.uint8)).data
         self.card = card
+        self.precision = precision
         core = openvino.Core()
         has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bf16" and not has_bf16:

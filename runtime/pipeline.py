@@ -9,8 +9,9 @@ they depend neither on the blocks nor on the threads.
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -50,7 +51,7 @@ def segment_slide(
     workers: int = 1,
     store: BandStore | None = None,
     on_progress: Progress | None = None,
-) -> Iterator[Strip]:
+) -> Generator[Strip, None, None]:
     """Segment a slide, strip by strip, in memory that grows with its width only.
 
     Args:
@@ -71,8 +72,8 @@ def segment_slide(
         InputError: the slide could not be read.
     """
     frame = Frame.of(slide, engine.card, mpp, region, block_px)
-    made = _stored_or_made(slide, engine, frame, batch, workers, store, on_progress)
-    yield from assemble(made, frame)
+    with closing(_stored_or_made(slide, engine, frame, batch, workers, store, on_progress)) as made:
+        yield from assemble(made, frame)
 
 
 def assemble(bands: Iterable[list[Nucleus]], frame: Frame) -> Iterator[Strip]:
@@ -98,7 +99,7 @@ def make_bands(
     batch: int = 4,
     workers: int = 1,
     on_progress: Progress | None = None,
-) -> Iterator[list[Nucleus]]:
+) -> Generator[list[Nucleus], None, None]:
     """The nuclei that bands [first, last) own, each measured, ids 0; see `segment_slide`.
 
     Maps at the upper and lower end are predicted for the neighbours, too: by the same tiles, so to the same values.
@@ -106,15 +107,19 @@ def make_bands(
     rows = range(*frame.tile_rows(first, last))
     total, done = sum(len(frame.wanted(frame.tiles[row])) for row in rows), 0
 
+    stop = threading.Event()
+
     def count(tiles: int) -> None:
         nonlocal done
+        if stop.is_set():
+            raise InterruptedError("nobody waits for the rest of this row")
         done += tiles
         if on_progress:
             on_progress(done, total)
 
     # A row of tiles may wait for the separation, while the network fills the next.
     ahead = math.ceil(frame.tile_px / frame.card.output.stride / PIECE_ROWS)
-    with closing(prefetch(map_rows(slide, engine, frame, rows, batch, count), ahead)) as maps:
+    with closing(prefetch(map_rows(slide, engine, frame, rows, batch, count), ahead, stop)) as maps:
         yield from separate_bands(maps, frame, first, last, workers)
 
 
@@ -218,7 +223,7 @@ def _stored_or_made(
     workers: int,
     store: BandStore | None,
     on_progress: Progress | None,
-) -> Iterator[list[Nucleus]]:
+) -> Generator[list[Nucleus], None, None]:
     """All bands, top to bottom: from the store where they are, else made, and stored."""
     count = len(frame.bands)
     band = 0
@@ -231,11 +236,12 @@ def _stored_or_made(
         while end < count and not (store and store.has(end)):
             end += 1
         made = make_bands(slide, engine, frame, band, end, batch=batch, workers=workers, on_progress=on_progress)
-        for nuclei in made:
-            if store:
-                store.write(band, nuclei)
-            yield nuclei
-            band += 1
+        with closing(made):
+            for nuclei in made:
+                if store:
+                    store.write(band, nuclei)
+                yield nuclei
+                band += 1
 
 
 def _owns(write: Box, nucleus: Nucleus) -> bool:

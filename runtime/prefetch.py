@@ -11,14 +11,15 @@ _T = TypeVar("_T")
 _END = object()
 
 
-def prefetch(items: Iterable[_T], depth: int) -> Generator[_T, None, None]:
+def prefetch(items: Iterable[_T], depth: int, stop: threading.Event | None = None) -> Generator[_T, None, None]:
     """The same items in the same order, made ahead in a thread, `depth` of them at most.
 
     An exception of `items` is raised here in its place. When the caller stops early, the thread is told to, and has
-    ended before this returns: nothing goes on reading a slide that was closed.
+    ended before this returns: nothing goes on reading a slide that was closed. `stop`, an event of the caller's, is set
+    then, for `items` that take long to make one.
     """
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
-    stop = threading.Event()
+    stop = stop or threading.Event()
 
     def put(entry: tuple[Any, BaseException | None]) -> bool:
         while not stop.is_set():
@@ -55,4 +56,16 @@ def prefetch(items: Iterable[_T], depth: int) -> Generator[_T, None, None]:
             yield item
     finally:
         stop.set()
-        thread.join()
+        _ended(thread)
+
+
+def _ended(thread: threading.Thread) -> None:
+    """Wait for a thread, though Ctrl-C comes meanwhile: what it reads is about to be closed."""
+    interrupt = None
+    while thread.is_alive():
+        try:
+            thread.join()
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt:
+        raise interrupt

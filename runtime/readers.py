@@ -24,8 +24,9 @@ from nsam.runtime.scales import NO_MPP, UM_PER_INCH, openslide_mpp, resolution_m
 from nsam.runtime.slides import ArraySlide, Slide
 from nsam.runtime.tiles import Box
 
-#: Pieces of a slide kept decoded, 50 MB at 512 px: neighbouring tiles of the network share them.
-_PIECES_KEPT = 64
+#: Pieces of a slide kept decoded, for neighbouring tiles of the network share them: so many bytes, 64 pieces of 512 px,
+#: but four pieces at least, which may meet in a tile.
+_BYTES_KEPT, _LEAST_KEPT = 50_000_000, 4
 #: Side of the lattice on which OpenSlide's lower levels are read.
 _LATTICE_PX = 512
 
@@ -44,7 +45,7 @@ class OpenSlideSlide(Slide):
             self.origin_xy = (x, y)
         self.path = path
         self.mpp, self.mpp_source = mpp
-        self._piece = lru_cache(_PIECES_KEPT)(self._read_piece)
+        self._piece = _kept(self._read_piece, _LATTICE_PX**2)
 
     def read_region(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         if level == 0:
@@ -56,6 +57,7 @@ class OpenSlideSlide(Slide):
 
     def close(self) -> None:
         self._slide.close()
+        self._piece.cache_clear()
 
     def _read_piece(self, level: int, column: int, row: int) -> NDArray[np.uint8]:
         x, y = column * _LATTICE_PX, row * _LATTICE_PX
@@ -79,7 +81,7 @@ class TiffSlide(Slide):
         self.level_whs = [(page.imagewidth, page.imagelength) for page in pages]
         self._tif, self._pages = tif, pages
         self._lock = Lock()
-        self._piece = lru_cache(_PIECES_KEPT)(self._decode)
+        self._piece = _kept(self._decode, max(page.tilewidth * page.tilelength for page in pages))
 
     def read_region(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         page = self._pages[level]
@@ -88,6 +90,7 @@ class TiffSlide(Slide):
 
     def close(self) -> None:
         self._tif.close()
+        self._piece.cache_clear()
 
     def _decode(self, level: int, column: int, row: int) -> NDArray[np.uint8]:
         page = self._pages[level]
@@ -163,10 +166,17 @@ def _reading(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except MemoryError as error:
-        raise InputError(f"`{path}`: too large for this memory in one piece; save it as tiled 8 bit RGB") from error
+        raise InputError(
+            f"`{path}`: too little memory for it; tiled 8 bit RGB, in tiles of 512 px or so, needs least"
+        ) from error
     except Exception as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"`{path}`: cannot be read, it is damaged, cut off or not an image ({detail})") from error
+
+
+def _kept(read: Callable[[int, int, int], NDArray[np.uint8]], px: int) -> Any:
+    """`read`, which gives RGB pieces of so many px, with the latest of them kept."""
+    return lru_cache(max(_LEAST_KEPT, _BYTES_KEPT // (3 * px)))(read)
 
 
 def _assembled(

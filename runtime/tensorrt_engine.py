@@ -45,6 +45,7 @@ class TensorrtEngine(Engine):
         """
         trt, cuda = _libraries()
         self.card = card
+        self.precision = precision
         self._cuda = cuda
         sm, gpu = _gpu(cuda)
         batches = [card.input.scaled(batch, size) for batch in BATCHES]

@@ -18,7 +18,7 @@ class Averaged:
     """An engine that looks at each tile in several ways; nuclei have no up, and both channels turn with the tile.
 
     Args:
-        engine: the network; its card and device stay.
+        engine: the network; its card, precision and device stay.
         views: 1, 2 (as it is, half a turn), 4 (quarter turns) or 8 (those, mirrored too). Time grows likewise.
 
     Raises:
@@ -29,6 +29,7 @@ class Averaged:
         if views not in (1, 2, 4, 8):
             raise ValueError(f"`views` must be 1, 2, 4 or 8, is {views}")
         self.card = engine.card
+        self.precision = engine.precision
         self.device = engine.device
         self._engine = engine
         turns = (0, 2) if views == 2 else range(min(views, 4))

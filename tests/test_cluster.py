@@ -207,6 +207,35 @@ def test_a_slide_that_kills_its_workers_is_given_up(
     assert [worker.poll() for worker in dask.workers].count(None) == 1
 
 
+def test_where_no_worker_is_left_somebody_says_so(
+    drawn: Work, dask: Dask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers die over a slide, and then it waits; a third does it in."""
+    monkeypatch.setattr(cluster, "begin_slide", _deadly)
+    monkeypatch.setattr(cluster, "WATCH_SECONDS", 1)
+    told = threading.Event()
+    real = cluster.Cluster._tell_of_rest
+
+    def tell(self: cluster.Cluster, bar: Any) -> None:
+        real(self, bar)
+        if all(worker.poll() is not None for worker in dask.workers):
+            told.set()
+
+    monkeypatch.setattr(cluster.Cluster, "_tell_of_rest", tell)
+
+    def come() -> None:
+        told.wait(60)
+        dask.workers.append(dask.add_worker())
+
+    thread = threading.Thread(target=come)
+    thread.start()
+    table = write_table(tmp_path, {drawn.table.parent / "a.tif": 0.25})
+    result = infer(table, drawn.model, tmp_path / "out", "--cluster", str(dask.file))
+    thread.join()
+    assert f"waiting: no worker of {dask.file} runs (none is there); see their logs" in result.stderr
+    assert "it killed 3 workers" in result.stderr
+
+
 def test_a_slide_whose_regions_kill_their_workers_is_listed_once(
     drawn: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,7 @@ def test_streams_give_the_same_bits_in_the_same_order(tiny_model: Path, device: 
 class Meeting(Engine):
     """Comes back only when as many runs as it has streams are in it; one run in three fails, if wanted."""
 
-    device = "test"
+    precision, device = "fp32", "test"
 
     def __init__(self, size: int, streams: int, fails: bool = False) -> None:
         self.card = ModelCard("test", "1", "Apache-2.0")
@@ -279,6 +279,17 @@ def test_openvino_equals_onnx_runtime(tiny_model: Path, n: int) -> None:
     kept = first.copy()
     engine.run(np.zeros((n, 64, 64, 3), np.uint8))
     np.testing.assert_array_equal(first, kept, "the next call must not write into the last one's maps")
+
+
+def test_openvino_tells_nobody_that_it_is_imported(tiny_model: Path) -> None:
+    """The telemetry package that comes with it would write to Google Analytics at the import."""
+    pytest.importorskip("openvino")
+    code = "import sys; from pathlib import Path; from nsam.runtime.engines import load; "
+    code += "load(Path(sys.argv[1]), 'openvino', precision='fp32'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_model)], capture_output=True, text=True, check=True)
+    modules = done.stdout.split()
+    assert "openvino" in modules
+    assert "openvino_telemetry.main" not in modules
 
 
 def test_openvino_checks_the_card_too(model: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -419,12 +420,34 @@ def test_a_slide_that_was_changed_is_not_done(infer: Callable[..., Result], png:
     assert "1 skipped" in infer(slide, "--mpp", 0.25, "--outputs", "csv").stdout
 
 
-def test_another_arithmetic_is_another_setting(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
-    assert infer(png, "--mpp", 0.25, "--outputs", "csv").exit_code == 0
-    assert "(ONNX Runtime" in json.loads((tmp_path / "out" / "a" / "slide.json").read_text())["device"]
-    result = infer(png, "--mpp", 0.25, "--outputs", "csv", "--precision", "fp32")
+def test_a_precision_that_was_asked_for_is_had(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    """What `auto` took is the same as what is asked for by name; any that was proven will do for `auto`."""
+    options = (png, "--mpp", 0.25, "--outputs", "csv")
+    assert infer(*options).exit_code == 0
+    path = tmp_path / "out" / "a" / "slide.json"
+    done = json.loads(path.read_text())
+    assert "(ONNX Runtime" in done["device"]
+    assert done["precision"] == "fp32"
+    assert "1 skipped" in infer(*options, "--precision", "fp32").stdout
+    path.write_text(json.dumps({**done, "precision": "int8"}))
+    assert "1 skipped" in infer(*options).stdout
+    result = infer(*options, "--precision", "fp32")
     assert result.exit_code == 1
-    assert "holds results of other settings" in result.stderr
+    assert "holds results made in int8; pass --overwrite" in result.stderr
+    # Of more outputs some would else be of one precision, some of another.
+    (path.parent / "nuclei.geojson").touch()
+    assert "9 nuclei" in infer(*options[:3], "--outputs", "labels").stdout
+    assert not {"nuclei.csv", "nuclei.geojson"} & {file.name for file in path.parent.iterdir()}
+    assert json.loads(path.read_text())["precision"] == "fp32"
+
+
+def test_results_of_another_version_are_told_as_such(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    assert infer(png, "--mpp", 0.25, "--outputs", "csv").exit_code == 0
+    path = tmp_path / "out" / "a" / "slide.json"
+    done = {**json.loads(path.read_text()), "nsam": "0.0.1", "slide_hash": "1"}
+    path.write_text(json.dumps(done))
+    result = infer(png, "--mpp", 0.25, "--outputs", "csv")
+    assert "holds results of another version of nsam (0.0.1); pass --overwrite" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["report.html", "run.json", "failed.csv"])
@@ -478,11 +501,11 @@ def test_a_heatmap_of_300_um_has_its_scale_bar(infer: Callable[..., Result], png
     assert infer(tmp_path / "h.png", "--mpp", 0.5, "--outputs", "heatmap").exit_code == 0
 
 
-def test_a_slide_that_vanishes_costs_no_other(
+def test_a_slide_that_vanishes_while_it_is_worked_on_is_that_of_before(
     infer: Callable[..., Result], png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After it was opened, on a network's disk for instance."""
-    shutil.copyfile(png, tmp_path / "b.png")
+    """After it was opened: what it was then is what was segmented."""
+    size = shutil.copyfile(png, tmp_path / "b.png").stat().st_size
     real = job.Job.opened
 
     @contextmanager
@@ -494,9 +517,60 @@ def test_a_slide_that_vanishes_costs_no_other(
 
     monkeypatch.setattr(job.Job, "opened", vanishing)
     result = infer(tmp_path / "b.png", png, "--mpp", 0.25)
-    assert result.exit_code == 1
-    assert [row["slide"] for row in failures(tmp_path / "out")] == [str(tmp_path / "b.png")]
-    assert "1 slides done, 0 skipped, 1 failed" in result.output
+    assert "2 slides done, 0 skipped, 0 failed" in result.output
+    assert json.loads((tmp_path / "out" / "b" / "slide.json").read_text())["bytes"] == size
+
+
+def test_a_slide_that_is_written_anew_meanwhile_is_seen_to_have_changed(
+    infer: Callable[..., Result], png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = job.Job.opened
+
+    @contextmanager
+    def changing(self: job.Job, source: Source) -> Iterator[Any]:
+        with real(self, source) as found:
+            Image.fromarray(np.full((240, 300, 3), 255, np.uint8)).save(png)
+            yield found
+
+    monkeypatch.setattr(job.Job, "opened", changing)
+    assert "1 slides done" in infer(png, "--mpp", 0.25).output
+    monkeypatch.setattr(job.Job, "opened", real)
+    assert "of the slide before it was changed" in infer(png, "--mpp", 0.25).stderr
+
+
+def test_no_slide_closes_while_it_is_read(
+    infer: Callable[..., Result], png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results that cannot be written, a full disk for instance, end a slide in the middle; OpenSlide aborts then."""
+    reading: list[str] = []
+    real = ArraySlide.close
+    frames = []
+
+    def close(self: ArraySlide) -> None:
+        reading.extend(thread.name for thread in threading.enumerate() if thread.name.startswith("nsam-"))
+        real(self)
+
+    def full(strips: Any, *arguments: Any) -> Any:
+        try:
+            next(iter(strips))
+            raise OSError(28, "No space left on device")
+        except OSError:
+            frames.append(sys.exc_info())  # as a logged traceback keeps it
+            raise
+
+    monkeypatch.setattr(ArraySlide, "close", close)
+    monkeypatch.setattr(job, "write_results", full)
+    Image.fromarray(np.tile(np.asarray(Image.open(png)), (12, 1, 1))).save(tmp_path / "long.png")
+    result = infer(tmp_path / "long.png", "--mpp", 0.25)
+    assert "No space left on device" in result.stderr
+    assert len(frames) == 1
+    assert reading == []
+
+
+def test_a_run_that_could_not_begin_is_no_obstacle(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+    assert infer(png, "--mpp", 0.25, "--device", "tensorrt").exit_code == 2
+    assert not list((tmp_path / "out").iterdir())
+    assert infer(png, "--mpp", 0.25).exit_code == 0
 
 
 def test_interrupt_keeps_what_is_finished(

@@ -1,5 +1,6 @@
 """Tiling changes nothing: over the same maps, blocks give the very label image of one pass."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nsam.runtime.canvas import Strip
-from nsam.runtime.card import ModelCard
+from nsam.runtime.card import InputSpec, ModelCard
 from nsam.runtime.engines import Engine
 from nsam.runtime.frame import Frame
 from nsam.runtime.pipeline import assemble, make_bands, segment_slide, separate_bands
@@ -26,7 +27,7 @@ from nsam.train.targets import make_targets
 class Replay(Engine):
     """An engine that gives every tile the maps it was told."""
 
-    device = "test"
+    precision, device = "fp32", "test"
 
     def __init__(self, card: ModelCard, run: Callable[[NDArray[np.uint8]], NDArray[np.float32]]) -> None:
         self.card = card
@@ -158,7 +159,28 @@ def test_bands_are_kept_and_any_part_of_them_can_be_made(tiny_model: Path, draw_
         strips = segment_slide(slide, engine, 0.25, block_px=128, store=store, workers=2, on_progress=progress)
         assert same(list(strips))
         assert bool(made) == (kept < 3)
-    (tmp_path / "3" / "bands.part" / "000001.npz").write_bytes(b"cut off")
+    (path,) = (tmp_path / "3" / "bands.part").glob("000001-*.npz")
+    path.write_bytes(b"cut off")
     assert same(list(segment_slide(slide, engine, 0.25, block_px=128, store=BandStore(tmp_path / "3", "key"))))
     other = BandStore(tmp_path / "3", "other settings")
     assert not other.has(0)
+
+
+def test_who_stops_does_not_wait_for_the_rest_of_a_row() -> None:
+    """Ctrl-C in a wide slide: a row of it takes a minute."""
+    runs: list[int] = []
+
+    def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        runs.append(len(images))
+        time.sleep(0.02)
+        return np.zeros((len(images), 2, images.shape[1] // 2, images.shape[1] // 2), np.float32)
+
+    slide = ArraySlide(np.full((2048, 100 * 352, 3), 200, np.uint8), Path("wide.png"))
+    card = replace(CARD, input=InputSpec(sizes=(448,), mpp=0.25), post=replace(CARD.post, tile_halo_px=48))
+    frame = Frame.of(slide, card, 0.25)
+    assert len(frame.tiles[0]) > 90
+    bands = make_bands(slide, Replay(card, run), frame, 0, len(frame.bands), batch=1)
+    next(bands)
+    before = len(runs)
+    bands.close()
+    assert len(runs) - before < 10

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from nsam.runtime.interrupts import uninterrupted
 from nsam.runtime.prefetch import prefetch
 
 
@@ -60,3 +62,38 @@ def test_a_caller_that_stops_ends_the_thread() -> None:
     items.close()
     assert closed.is_set()
     assert threading.active_count() == before
+
+
+def test_ctrl_c_while_the_thread_ends_is_kept_until_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it reads is closed next."""
+    ended = threading.Event()
+
+    def source() -> Iterator[int]:
+        try:
+            yield from range(1000)
+        finally:
+            time.sleep(0.3)
+            ended.set()
+
+    real, interrupts = threading.Thread.join, [KeyboardInterrupt, KeyboardInterrupt]
+
+    def join(thread: threading.Thread, timeout: float | None = None) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        real(thread, timeout)
+
+    items = prefetch(source(), 1)
+    next(items)
+    monkeypatch.setattr(threading.Thread, "join", join)
+    with pytest.raises(KeyboardInterrupt):
+        items.close()
+    assert ended.is_set()
+
+
+def test_ctrl_c_waits_for_native_code() -> None:
+    done = False
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012, SIM117
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done = True
+    assert done

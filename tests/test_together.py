@@ -6,7 +6,9 @@ import errno
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from nsam.runtime import job
+from nsam.runtime import batch, job, lock
 from nsam.runtime.bands import BandStore
 from nsam.runtime.cli import main
 from nsam.runtime.errors import OutputError
 from nsam.runtime.inputs import Source
 from nsam.runtime.lock import alone
+from nsam.runtime.outcome import Outcome
 from nsam.runtime.results import read_failures
 
 
@@ -79,6 +82,59 @@ def test_a_slide_that_was_busy_is_looked_at_again(
     assert result.exit_code == 0, result.output
     assert f"{slides / 'b.png'}: another run is writing it; looked at again" in result.stdout
     assert "4 slides done, 0 skipped, 0 failed" in result.stdout
+
+
+def test_a_slide_that_was_busy_twice_and_is_done_at_the_end(
+    infer: Callable[..., Result], slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two are busy; the other run ends one of them while this one works on the second."""
+    out, opened = tmp_path / "out", []
+    others = {name: ExitStack() for name in "ab"}
+    for name, held in others.items():
+        held.enter_context(alone(out / name))
+    real = job.Job.opened
+
+    @contextmanager
+    def slow(self: job.Job, source: Source) -> Iterator[Any]:
+        with real(self, source) as found:
+            opened.append(source.path.stem)
+            if opened.count("b") == 2 and source.path.stem == "b":
+                for held in others.values():
+                    held.close()
+                assert "1 slides done" in infer(slides / "a.png", "--mpp", 0.25).stdout
+            yield found
+
+    monkeypatch.setattr(job.Job, "opened", slow)
+    result = infer(slides, "--mpp", 0.25)
+    assert result.exit_code == 0, result.output
+    assert "3 slides done, 1 skipped, 0 failed" in result.stdout
+    assert not (out / "failed.csv").exists()
+
+
+def test_runs_do_not_lose_each_others_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = batch.read_failures
+
+    def slow(path: Path) -> list[tuple[str, str, str]]:
+        found = real(path)
+        time.sleep(0.1)
+        return found
+
+    monkeypatch.setattr(batch, "read_failures", slow)
+    paths = [tmp_path / f"{name}.png" for name in "abcd"]
+
+    def note(path: Path) -> None:
+        batch._write_failures(tmp_path / "failed.csv", {str(path)}, [Outcome(Source(path), failure=("open", "broken"))])
+
+    with ThreadPoolExecutor(len(paths)) as pool:
+        list(pool.map(note, paths))
+    assert sorted(slide for slide, *_ in real(tmp_path / "failed.csv")) == sorted(map(str, paths))
+
+
+def test_a_run_that_was_stopped_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_PATIENCE_SECONDS", 0.1)
+    with alone(tmp_path), lock.in_turn(tmp_path):
+        assert (tmp_path / "lock.part").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_slide_that_another_run_ended_while_this_one_opened_it(

@@ -22,7 +22,7 @@ class Brightness(Engine):
     """Map = brightness, so that a tile's every view gives the same maps once they are turned back."""
 
     card: Any = None
-    device = "here"
+    precision, device = "fp32", "here"
 
     def __init__(self) -> None:
         self.seen: list[NDArray[np.uint8]] = []

@@ -22,6 +22,9 @@ from nsam.train.model import NucleusNet, needed
 from nsam.train.sam_onnx import read_sam_onnx
 from nsam.train.settings import Settings
 
+#: Where a checkpoint holds what `hash_kept` gave.
+KEPT = "kept_sha256"
+
 
 def build_model(settings: Settings) -> tuple[NucleusNet, str]:
     """A new network with its base loaded, LoRA added and everything that is not tuned frozen.
@@ -97,12 +100,12 @@ def trained_state(model: nn.Module, base: str) -> dict[str, Tensor]:
     }
 
 
-def save_fold(path: Path, state: dict[str, Tensor], base_hash: str) -> None:
+def save_fold(path: Path, state: dict[str, Tensor], kept: str) -> None:
     """Write trained weights with the hash of the base that they belong to."""
-    write_bytes(path, save(state, metadata={"base_hash": base_hash}))  # `save_file` lets only its user read
+    write_bytes(path, save(state, metadata={KEPT: kept}))  # `save_file` lets only its user read
 
 
-def read_last(path: Path, base_hash: str, device: torch.device) -> dict[str, Any]:
+def read_last(path: Path, kept: str, device: torch.device) -> dict[str, Any]:
     """What `fit` needs to go on.
 
     Raises:
@@ -112,7 +115,9 @@ def read_last(path: Path, base_hash: str, device: torch.device) -> dict[str, Any
         saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes make it stumble over
         raise ModelError(f"`{path}`: broken; delete it to begin this fold anew") from error
-    if saved["base_hash"] != base_hash:
+    if KEPT not in saved:
+        raise ModelError(f"`{path}`: of another version of nsam; begin this fold anew, in another --out")
+    if saved[KEPT] != kept:
         raise ModelError(
             f"`{path}`: was begun from another base than there is now; use the same weights, or another --out"
         )
@@ -130,14 +135,16 @@ def load_fold(fold_dir: Path) -> tuple[NucleusNet, Settings]:
         if not path.is_file():
             raise ModelError(f"`{path}`: missing; name a fold of a run made by nsam-train, such as RUN/fold0")
     settings = of_fold(read_settings(config), fold_dir.name)
-    model, base_hash = build_model(settings)
+    model, kept = build_model(settings)
     try:
         with safe_open(best, "pt") as stream:
-            wanted = (stream.metadata() or {}).get("base_hash")
+            wanted = (stream.metadata() or {}).get(KEPT)
         state = load_file(best)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"`{best}`: broken ({error}); train the fold again") from error
-    if wanted != base_hash:
+    if wanted is None:
+        raise ModelError(f"`{best}`: of another version of nsam; train the fold again")
+    if wanted != kept:
         raise ModelError(f"`{best}`: was trained on another base than `{settings.base}` is now; use the same weights")
     load_trained(model, state, str(best))
     return model.eval(), settings

@@ -84,6 +84,10 @@ def main(data: Path, out: Path, verbose: bool, **options: Any) -> None:
     except ValueError as error:
         raise NsamError(str(error)) from error
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise NsamError(
+                "a process that prepares crops was killed, by too little memory mostly; pass --workers 0 and --resume"
+            ) from error
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
         raise NsamError("out of memory; give a smaller --batch, and another --out") from error

@@ -56,12 +56,16 @@ def cross_validate(
 
     Raises:
         OutputError: `out` holds another run, or holds this one and `resume` was not asked for.
-        InputError: an image or its labels cannot be read, they do not fit together, or the base has been trained on a
-            fold's test images.
+        InputError: an image or its labels cannot be read, they do not fit together, a fold has nothing to train on, or
+            the base has been trained on its test images.
     """
     deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
     folds = name_folds(settings, samples, extra, which)
     for name in which:  # the last of them would else be refused after hours
+        if not folds[name].train:
+            raise InputError(
+                f"`{sources[0]}`: {name} has nothing to train on; of a source's only image thresholds are chosen"
+            )
         refuse_seen(of_fold(settings, name), name, folds[name].test)
     if group.leads:
         claim(out, settings, [*samples, *extra], sources, resume)

@@ -27,6 +27,7 @@ class TorchEngine(Engine):
 
     def __init__(self, model: nn.Module, card: ModelCard, device: torch.device) -> None:
         self.card = card
+        self.precision = "torch"
         self.device = f"{device} (torch {torch.__version__})"
         self._model = model
         self._device = device

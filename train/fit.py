@@ -22,7 +22,7 @@ from nsam.train import checkpoint
 from nsam.train.data import digest
 from nsam.train.evaluate import TorchEngine, draft_card, report, score_samples, score_with_progress
 from nsam.train.folds import Fold
-from nsam.train.lineage import SEEN_NAME, refuse_seen, seen_by, write_seen
+from nsam.train.lineage import SEEN_NAME, check_seen, refuse_seen, seen_by, write_seen
 from nsam.train.losses import total
 from nsam.train.parallel import ALONE, Group
 from nsam.train.settings import Settings
@@ -74,22 +74,24 @@ def fit(
         out.mkdir(parents=True, exist_ok=True)
         for part in out.glob("*.part") if group.leads else ():  # what a kill left
             part.unlink()
-    model, base_hash = checkpoint.build_model(settings)
+    model, kept = checkpoint.build_model(settings)
     steps = settings.total_steps(len(fold.train))
     state = TrainState(model.to(device), settings, steps, group)
     engine = TorchEngine(model, draft_card(settings), device)
     step, best, history, minutes = 0, -1.0, [], 0.0
 
+    own = (digest(sample.image) for sample in (*fold.train, *fold.validation))
+    seen = seen_by(settings.base).union(own)
     last = out / "last.pt"
     if resume and last.is_file():
-        saved = checkpoint.read_last(last, base_hash, device)
+        check_seen(out / SEEN_NAME, seen)  # what training changes is all in the checkpoint: its base might be another
+        saved = checkpoint.read_last(last, kept, device)
         state.load_state_dict(saved, str(last))
         step, best, history, minutes = (saved[name] for name in ("step", "best", "history", "minutes"))
         say(f"resumed at step {step} of {steps}")
 
     if group.leads:
-        own = (digest(sample.image) for sample in (*fold.train, *fold.validation))
-        write_seen(out / SEEN_NAME, seen_by(settings.base).union(own))
+        write_seen(out / SEEN_NAME, seen)
     views = Views(fold.train, settings, steps * settings.batch)
     stream = batches(views, settings.batch, step, workers, group)
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
@@ -123,9 +125,7 @@ def fit(
                 reached = validate(fold, engine)
                 if reached > best:
                     best = reached
-                    checkpoint.save_fold(
-                        out / "best.safetensors", checkpoint.trained_state(model, settings.base), base_hash
-                    )
+                    checkpoint.save_fold(out / "best.safetensors", checkpoint.trained_state(model, settings.base), kept)
             if history:
                 history[-1]["validation"] = reached
             say(f"step {step}/{steps}, validation (AJI + PQ) / 2 {reached:.3f}, best {best:.3f}")
@@ -136,7 +136,7 @@ def fit(
             save_began = time.monotonic()
             saved = {
                 **state.state_dict(),
-                "base_hash": base_hash,
+                checkpoint.KEPT: kept,
                 "step": step,
                 "best": best,
                 "history": history,

@@ -42,9 +42,12 @@ def make_folds(
         extra: images of other sources; they are split likewise and join training and validation, never a test part
             but that of their own source.
 
+    Returns:
+        The folds; one of sources trains on nothing where the others have one image each.
+
     Raises:
         ValueError: fewer samples or groups than folds, or an unknown kind.
-        InputError: `source` without another source, or with too small ones.
+        InputError: `source` without another source.
     """
     if kind == "source":
         return _leave_one_out([*samples, *extra], validation_share)
@@ -84,8 +87,6 @@ def _leave_one_out(samples: list[Sample], validation_share: float) -> list[Fold]
     for k, (root, test) in enumerate(sources.items()):
         others = [source for other, source in sources.items() if other != root]
         train, validation = _set_aside(others, validation_share, k)
-        if not train:
-            raise InputError(f"`{root}`: the other sources have one image each, too few to train and choose thresholds")
         folds.append(Fold(train, validation, test))
     return folds
 

@@ -81,6 +81,22 @@ def refuse_seen(settings: Settings, name: str, test: Sequence[Sample]) -> None:
         )
 
 
+def check_seen(path: Path, digests: Iterable[str]) -> None:
+    """See that a fold that goes on has the images, its own and its bases', that it was begun with.
+
+    Raises:
+        ModelError: it has others, or nobody knows.
+    """
+    try:
+        same = set(path.read_text(encoding="ascii").split()) == set(digests)
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        raise ModelError(
+            f"`{path}`: what its base has been trained on is not what it was; use the same base, or another --out"
+        )
+
+
 def write_seen(path: Path, digests: Iterable[str]) -> None:
     """Write what `seen_by` reads."""
     write_text(path, "".join(f"{line}\n" for line in sorted(digests)))
