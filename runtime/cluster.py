@@ -13,6 +13,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from heapq import heapreplace
 from importlib import import_module
@@ -82,7 +83,8 @@ class Cluster:
         except ImportError as error:
             raise DeviceError("`--cluster`: Dask is not installed; pip install 'nsam[cluster]'") from error
         if not logging.getLogger("nsam").isEnabledFor(logging.DEBUG):
-            logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters comes back as an outcome
+            for name in ("distributed", "distributed.client"):  # what matters comes back as an outcome
+                logging.getLogger(name).setLevel(logging.CRITICAL)
         dask.config.set(
             {
                 "distributed.scheduler.allowed-failures": TRIES - 1,
@@ -158,7 +160,7 @@ class Cluster:
             try:
                 result = future.result()
             except Exception as error:  # Dask's own: a task that killed its workers, a lost connection
-                result = Outcome(source, failure=("cluster", _reason(error)))
+                result = Outcome(source, failure=("cluster", f"`{source.path}`: {_reason(error)}"))
                 for other in [other for other, its in sources.items() if its == source]:
                     del sources[other]
                     self._client.cancel(other)
@@ -251,4 +253,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, _dask()[1].KilledWorker):
         # How many are allowed is the scheduler's setting, distributed.scheduler.allowed-failures.
         return f"it killed {error.allowed_failures + 1} workers, one after the other; see their logs (out of memory?)"
+    if isinstance(error, CancelledError):
+        return "the scheduler is gone; see its log, and run again: what is finished is skipped"
     return f"unexpected: {type(error).__name__}: {first_line(error)}"

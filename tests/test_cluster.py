@@ -112,7 +112,7 @@ class Dask:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.file = folder / "scheduler.json"
-        self._scheduler = self._start("distributed.cli.dask_scheduler", "--port", "0", "--dashboard-address", ":0")
+        self.scheduler = self._start("distributed.cli.dask_scheduler", "--port", "0", "--dashboard-address", ":0")
         deadline = time.monotonic() + 60
         while not self.file.is_file() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -142,7 +142,7 @@ class Dask:
         return subprocess.Popen(command, cwd=self._folder, env=environment, **quiet)
 
     def stop(self) -> None:
-        for process in (*self.workers, self._scheduler):
+        for process in (*self.workers, self.scheduler):
             process.kill()
             process.wait()
 
@@ -203,8 +203,25 @@ def test_a_slide_that_kills_its_workers_is_given_up(
     result = infer(table, drawn.model, out, "--cluster", str(dask.file))
     assert result.exit_code == 1, result.output
     assert "it killed 3 workers" in result.stderr
-    assert ',cluster,"it killed 3 workers' in (out / "failed.csv").read_text()
+    assert re.search(r',cluster,"`.*a.tif`: it killed 3 workers', (out / "failed.csv").read_text())
     assert [worker.poll() for worker in dask.workers].count(None) == 1
+
+
+def test_a_scheduler_that_dies_is_one_line_a_slide(drawn: Work, dask: Dask, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    table = write_table(tmp_path, {drawn.table.parent / "large.tif": 0.25})
+    options = arguments(table, drawn.model, out, "--cluster", str(dask.file))
+    command = [sys.executable, "-m", "nsam.runtime.cli", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(out.glob(f"large/{BANDS_NAME}/*.npz")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    dask.scheduler.kill()
+    told = "the scheduler is gone; see its log, and run again: what is finished is skipped"
+    slide = drawn.table.parent / "large.tif"
+    assert process.communicate(timeout=60)[1] == f"failed: `{slide}`: {told}\n"
+    assert process.returncode == 1
+    assert f',cluster,"`{slide}`: {told}"' in (out / "failed.csv").read_text()
 
 
 def test_where_no_worker_is_left_somebody_says_so(
