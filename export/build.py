@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import tempfile
@@ -16,8 +15,9 @@ import torch
 
 from nsam.export.check import REFERENCE_NAME, write_reference
 from nsam.export.graph import add_metadata, describe_graph, export_onnx, simplify, store_weights_fp16
+from nsam.export.images import proof_samples, read_config
 from nsam.export.merge import load_merged
-from nsam.export.parity import Chain, as_json, real_tiles, spread
+from nsam.export.parity import Chain, as_json, real_tiles
 from nsam.export.report import as_markdown
 from nsam.export.settings import Settings
 from nsam.export.variants import make_fp16, make_int8, prove_bf16
@@ -26,7 +26,6 @@ from nsam.runtime.engines import FILES, Engine, load
 from nsam.runtime.errors import DeviceError, InputError, ModelError, OutputError
 from nsam.runtime.settings import Device, Precision
 from nsam.train.checkpoint import load_fold
-from nsam.train.data import DEFAULT_MPP, Sample, find_extra, find_samples
 from nsam.train.encoder import WINDOW
 from nsam.train.evaluate import TorchEngine, draft_card
 from nsam.train.exported import BASE_NAME, write_base
@@ -98,11 +97,7 @@ def _build_in(
 ) -> Path:
     out = scratch / "model"
     out.mkdir()
-    images = spread(fold_samples(settings, "validation"), settings.images)
-    trained_on = spread(
-        fold_samples(settings, "train"), settings.images - len(images)
-    )  # equality needs no unseen tissue
-    images += trained_on
+    images, trained_on, others = proof_samples(settings)
     chain = Chain(
         real_tiles(images, card, card.input.size, settings.tiles),
         [real_tiles(images, card, size, 1) for size in card.input.other_sizes],
@@ -153,7 +148,6 @@ def _build_in(
         if passed:
             proven.append("bf16")
     if "int8" in settings.precisions:
-        others = [sample for sample in fold_samples(settings, "train") if sample not in trained_on]
         tiles = real_tiles(others or trained_on, card, card.input.size, settings.calibration)
         int8, details["int8"] = make_int8(graphs[fp32], scratch, chain, fp32, load_graph, tiles, say)
         details["int8"]["ranges_of_proof"] = not others  # of few images all are in it
@@ -201,31 +195,6 @@ def _write_model(
     (folder / "card.json").write_text(listed.to_json(), encoding="utf-8")
 
 
-def fold_samples(settings: Settings, part: str) -> list[Sample]:
-    """The images of a fold's part, `train` or `validation`, and their scales, by `folds.csv`.
-
-    Raises:
-        InputError: they are not below the data folder.
-        ModelError: `folds.csv` is not there.
-    """
-    run, fold = settings.fold_dir.parent, settings.fold_dir.name
-    root, *extra = settings.data or [Path(source) for source in _config(settings)["data"]["sources"]]
-    # Whatever they say of their scales: `folds.csv` holds those that count.
-    samples = [*find_samples(root, DEFAULT_MPP), *(s for source in extra for s in find_extra(source, DEFAULT_MPP))]
-    found = {sample.name: sample for sample in samples}
-    try:
-        with (run / "folds.csv").open(newline="", encoding="utf-8") as stream:
-            rows = [row for row in csv.DictReader(stream) if row["fold"] == fold and row["part"] == part]
-    except OSError as error:
-        raise ModelError(f"`{run / 'folds.csv'}`: cannot be read ({error.strerror})") from error
-    missing = [row["image"] for row in rows if row["image"] not in found]
-    if missing or not rows:
-        raise InputError(
-            f"`{root}`: not the data of this run ({missing[:1] or 'no images'}); pass --data, once for each source"
-        )
-    return [replace(found[row["image"]], mpp=float(row["mpp"])) for row in rows]
-
-
 def _finished_metrics(fold_dir: Path) -> dict[str, Any]:
     path = fold_dir / "metrics.json"
     if not path.is_file():
@@ -234,13 +203,8 @@ def _finished_metrics(fold_dir: Path) -> dict[str, Any]:
     return metrics
 
 
-def _config(settings: Settings) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((settings.fold_dir.parent / "config.json").read_text(encoding="utf-8"))
-    return config
-
-
 def _training(settings: Settings, metrics: dict[str, Any]) -> dict[str, Any]:
-    config = _config(settings)
+    config = read_config(settings)
     chosen = ("recipe", "base", "tune", "mpp", "steps", "batch", "crop", "lr", "seed", "folds")
     used = {name: config["settings"][name] for name in chosen}
     used["base"] = "/".join(Path(used["base"]).parts[-2:])  # RUN/foldK says enough; where it lay is nobody's concern

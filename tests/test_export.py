@@ -6,33 +6,40 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 from click.testing import CliRunner
 
 from nsam.export import build as export_build
-from nsam.export import graph
+from nsam.export import graph, images
 from nsam.export.cli import main as export_main
 from nsam.export.merge import load_merged
+from nsam.export.parity import _place
 from nsam.export.settings import Settings
 from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import load
-from nsam.runtime.errors import ModelError
+from nsam.runtime.errors import InputError, ModelError
 from nsam.train.checkpoint import build_model, load_fold
+from nsam.train.data import find_samples
 
 
 def test_a_crash_of_onnxsim_keeps_the_unsimplified_graph(
     lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "_SIMPLIFY", "import os; os.abort()")
+    monkeypatch.setattr(export_build, "make_int8", lambda *_: (None, {"tried": []}))
     lines: list[str] = []
-    settings = Settings(lora_run / "fold0", tmp_path / "m", tiles=2, tile=(448,), precisions=("fp32",))
+    settings = Settings(lora_run / "fold0", tmp_path / "m", tiles=2, tile=(448,), precisions=("fp32", "int8"))
     export_build.build(settings, lines.append)
     assert any("warning: onnxsim ended with -6" in line for line in lines)
     proof = json.loads((tmp_path / "m" / "parity.json").read_text())
     assert [link["after"] for link in proof["links"]] == ["merged", "exported"]
     # One validation image gives several tiles, and training images help out: equality needs no unseen tissue.
     assert (proof["tiles"], proof["batches"], proof["images"], proof["trained_on"]) == (2, [1, 2], 8, 7)
+    assert proof["int8"]["ranges_of_proof"]
+    assert "training images, some of the proof, for there are no others" in (tmp_path / "m" / "parity.md").read_text()
     assert load(tmp_path / "m", device="cpu").card.name == "nsam"
 
 
@@ -60,6 +67,37 @@ def test_a_link_that_fails_leaves_no_model(lora_run: Path, tmp_path: Path, monke
     result = CliRunner().invoke(export_main, ["--check", str(tmp_path / "m")])
     assert result.exit_code == 2
     assert "parity failed when it was made (torch -> merged)" in result.stderr
+
+
+@pytest.mark.parametrize(("asked", "counts"), [(1, (1, 0, 7)), (3, (3, 2, 5)), (40, (8, 7, 0))])
+def test_int8_takes_its_ranges_from_images_that_do_not_prove_it(
+    lora_run: Path, asked: int, counts: tuple[int, ...]
+) -> None:
+    settings = Settings(lora_run / "fold0", lora_run / "m", images=asked)
+    proof, trained_on, ranges = images.proof_samples(settings)
+    assert (len(proof), len(trained_on), len(ranges)) == counts
+    assert set(trained_on) <= set(proof)
+    assert not set(proof) & set(ranges)
+
+
+def test_scales_are_those_of_the_run_whatever_images_say(tmp_path: Path) -> None:
+    """One that needed --data-mpp, as its images state theirs wrongly, is exported without it."""
+    for part in ("images", "labels"):
+        (tmp_path / "data" / part).mkdir(parents=True)
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    wrong = {"resolution": (20000, 22000), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(tmp_path / "data" / "images" / "a.tif", pixels, photometric="rgb", **wrong)
+    tifffile.imwrite(tmp_path / "data" / "labels" / "a.tif", pixels[..., 0])
+    with pytest.raises(InputError, match="pass its scale"):
+        find_samples(tmp_path / "data")
+    (tmp_path / "folds.csv").write_text("fold,part,image,group,mpp\nfinal,train,images/a.tif,data,0.5\n")
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"sources": [str(tmp_path / "data")]}}))
+    (sample,) = images.fold_samples(Settings(tmp_path / "final", tmp_path / "m"), "train")
+    assert sample.mpp == 0.5
+
+
+def test_tiles_of_one_image_lie_apart() -> None:
+    assert len({_place(i) for i in range(100)}) == 100
 
 
 @pytest.mark.parametrize("store", ["fp32", "fp16"])

@@ -23,6 +23,7 @@ from nsam.train.checkpoint import build_model, load_fold
 from nsam.train.cli import main
 from nsam.train.lineage import SEEN_NAME
 from nsam.train.settings import NSAM
+from nsam.train.views import Views
 
 
 def test_a_killed_run_resumes_to_the_same_history(tmp_path: Path, disc_pairs: Path) -> None:
@@ -181,8 +182,12 @@ def test_a_source_is_tested_by_a_network_of_another(tmp_path: Path, disc_pairs: 
         for path in (tmp_path / "other" / part).iterdir():
             if path.stem != "0":
                 path.unlink()
-    few = [*command, "--out", str(tmp_path / "few"), "--fold", "0"]
-    assert "the other sources have one image each" in CliRunner().invoke(main, few).stderr
+    few = [*command, "--out", str(tmp_path / "few"), "--fold"]
+    refused = CliRunner().invoke(main, [*few, "0"])
+    assert "fold0 has nothing to train on; of a source's only image thresholds are chosen" in refused.stderr
+    assert not (tmp_path / "few").exists()
+    result = CliRunner().invoke(main, [*few, "1"])
+    assert result.exit_code == 0, result.output
 
 
 def test_two_processes_train_one_fold(tmp_path: Path, disc_pairs: Path) -> None:
@@ -264,6 +269,22 @@ def test_too_little_memory_is_one_line(tmp_path: Path, disc_pairs: Path, monkeyp
     assert told.exit_code == 2
     assert "torch.OutOfMemoryError: CUDA out of memory" in told.stderr
     assert told.stderr.endswith(result.stderr)
+
+
+def test_a_process_that_was_killed_is_one_line(
+    tmp_path: Path, disc_pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the system that is out of memory, for instance."""
+
+    def view(self: Views, index: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Views, "__getitem__", view)
+    command = [str(disc_pairs), "--out", str(tmp_path), "--base", "none", "--fold", "0", "--crop", "32"]
+    result = CliRunner().invoke(main, [*command, "--workers", "1"])
+    assert result.exit_code == 2
+    told = "a process that prepares crops was killed, by too little memory mostly; pass --workers 0 and --resume"
+    assert result.stderr.splitlines() == [f"Error: {told}"]
 
 
 def test_a_run_is_not_overwritten_or_mixed(tmp_path: Path, disc_pairs: Path) -> None:
