@@ -77,10 +77,14 @@ def test_labels_that_would_teach_nonsense_are_named(tmp_path: Path) -> None:
     blobs[::4, ::4] = 255  # a hundred pieces
     classes = blobs // 255
     classes[::8] *= 2
+    few = blobs.copy()
+    few[1:] = few[:, 9:] = 0
     for array, message in (
         (blobs, "a mask or a map of classes, 100 pieces have the value 255"),
         (classes, "50 pieces have the value 1"),
-        (blobs + 1, "no pixel is 0"),
+        (few, "3 pieces have the value 255"),
+        (blobs + 1, "most of it is not 0"),
+        (255 - blobs, "most of it is not 0.*is it inverted"),
         (blobs - 1, "-1"),
         (blobs << 24, "labels must"),
     ):

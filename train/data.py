@@ -26,9 +26,11 @@ LABEL_SUFFIXES = (".tif", ".tiff", ".png", ".npy", ".geojson")
 NUINSSEG_MPP = 0.17
 #: Of images that do not say: a 40x scan's.
 DEFAULT_MPP = 0.25
-#: Pieces of one value, from which on it is a mask's or a class's and not a nucleus's; 5 at most in NuInsSeg, TNBC and
-#: DSB 2018.
-_MASK_PIECES = 10
+#: Pieces of one value, from which on it is a mask's or a class's and not a nucleus's: 5 at most in NuInsSeg, TNBC and
+#: DSB 2018, and none in their images of a single value.
+_MASK_PIECES, _LONE_PIECES = 10, 3
+#: Share of the image, from which on a value is the background's: the largest nucleus there has .08.
+_BACKGROUND_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -185,12 +187,13 @@ def read_labels(path: Path) -> NDArray[np.int32]:
     if array.size and not 0 <= int(array.min()) <= int(array.max()) <= np.iinfo(np.int32).max:
         raise InputError(f"`{path}`: labels must be 0 to 2,147,483,647, are {array.min()} to {array.max()}")
     labels = array.astype(np.int32)
-    if labels.size and labels.min() > 0:
-        raise InputError(f"`{path}`: no pixel is 0, which is the background's value")
+    sizes = np.unique(labels[labels > 0], return_counts=True)[1]
+    if labels.size and (labels.min() > 0 or sizes.max(initial=0) >= _BACKGROUND_SHARE * labels.size):
+        raise InputError(f"`{path}`: most of it is not 0, which is the background's value; is it inverted?")
     pieces: NDArray[np.int64] = label(labels, connectivity=2)  # type: ignore[no-untyped-call]
     _, first = np.unique(pieces, return_index=True)
     values, counts = np.unique(labels.ravel()[first][1:], return_counts=True)
-    if counts.max(initial=0) >= _MASK_PIECES:
+    if counts.max(initial=0) >= (_MASK_PIECES if len(values) > 1 else _LONE_PIECES):
         worst = int(counts.argmax())
         raise InputError(
             f"`{path}`: a mask or a map of classes, {counts[worst]} pieces have the value {values[worst]}; give each "
