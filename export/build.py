@@ -97,7 +97,7 @@ def _build_in(
 ) -> Path:
     out = scratch / "model"
     out.mkdir()
-    images, trained_on, others = proof_samples(settings)
+    images, trained_on, for_ranges = proof_samples(settings)
     chain = Chain(
         real_tiles(images, card, card.input.size, settings.tiles),
         [real_tiles(images, card, size, 1) for size in card.input.other_sizes],
@@ -148,9 +148,9 @@ def _build_in(
         if passed:
             proven.append("bf16")
     if "int8" in settings.precisions:
-        tiles = real_tiles(others or trained_on, card, card.input.size, settings.calibration)
+        tiles = real_tiles(for_ranges, card, card.input.size, settings.calibration)
         int8, details["int8"] = make_int8(graphs[fp32], scratch, chain, fp32, load_graph, tiles, say)
-        details["int8"]["ranges_of_proof"] = not others  # of few images all are in it
+        details["int8"]["ranges_of_proof"] = any(sample in images for sample in for_ranges)
         if int8:
             graphs["int8"] = int8
             shipped["model.int8.onnx"] = ("int8", int8)

@@ -15,13 +15,15 @@ from nsam.train.data import DEFAULT_MPP, Sample, find_extra, find_samples
 
 
 def proof_samples(settings: Settings) -> tuple[list[Sample], list[Sample], list[Sample]]:
-    """The labelled images of the proof; those of them that trained, for equality needs no unseen tissue; and what else
-    trained, for int8's ranges. Raises as `fold_samples`.
+    """The labelled images of the proof; those of them that trained, for equality needs no unseen tissue; and training
+    images for int8's ranges: others, unless those are too few. Raises as `fold_samples`.
     """
     images = spread(fold_samples(settings, "validation"), settings.images)
     train = fold_samples(settings, "train")
     trained_on = spread(train, settings.images - len(images))
-    return [*images, *trained_on], trained_on, [sample for sample in train if sample not in trained_on]
+    others = [sample for sample in train if sample not in trained_on]
+    enough = 2 * len(others) >= min(settings.calibration, len(train))
+    return [*images, *trained_on], trained_on, others if enough else train
 
 
 def fold_samples(settings: Settings, part: str) -> list[Sample]:

@@ -85,7 +85,7 @@ def _int8(details: dict[str, Any]) -> list[str]:
         )
         for trial in details["tried"]
     )
-    ranges = "some of the proof, for there are no others" if details["ranges_of_proof"] else "none of the proof"
+    ranges = "also those of the proof, for there are few others" if details["ranges_of_proof"] else "none of the proof"
     outcome = "The last one is shipped." if "left_in_fp32" in details else "None is shipped."
     return [
         "## int8\n",

@@ -19,8 +19,8 @@ from nsam.runtime.errors import OutputError
 from nsam.runtime.files import output_errors, printable, to_json, write_csv, write_text
 from nsam.runtime.inputs import Source, find_slides, folder_names
 from nsam.runtime.job import Job
-from nsam.runtime.lock import in_turn
-from nsam.runtime.outcome import Outcome
+from nsam.runtime.lock import Turns
+from nsam.runtime.outcome import Failed, Outcome
 from nsam.runtime.progress import Progress, progress
 from nsam.runtime.report import REPORT_NAME, report_at_end
 from nsam.runtime.results import FAILED_NAME, RUN_NAME, UNREADABLE, read_failures, read_json
@@ -79,15 +79,15 @@ def _segment(sources: list[Source], place: Place, job: Job, bar: Progress) -> _T
     work = {source: out / names[source.path] for source in sources}
     order = {source: i for i, source in enumerate(sources)}
     ours = {printable(name) for source in sources for name in (source.path.absolute(), source.real_path)}
-    tally = _Tally()
+    tally, turns = _Tally(), Turns(out / FAILED_NAME)
 
     def note() -> None:
         try:
-            _write_failures(out / FAILED_NAME, ours, tally.failures)
+            _write_failures(out / FAILED_NAME, ours, tally.failures, turns)
         except OutputError as error:  # a full disk, say; others may still be skipped or be told why they fail
             bar.say(str(error), error=True)
 
-    _write_failures(out / FAILED_NAME, ours, [])
+    _write_failures(out / FAILED_NAME, ours, [], turns)
     for outcome in _outcomes(place, job, work, bar):
         path = outcome.source.path
         if outcome.failure:
@@ -127,8 +127,12 @@ def _outcomes(place: Place, job: Job, work: dict[Source, Path], bar: Progress) -
         else:
             yield outcome
     for outcome in still:  # it may have ended while this run did others
-        done = job.is_done(outcome.source, work[outcome.source])
-        yield Outcome(outcome.source) if done else outcome
+        try:
+            done = job.is_done(outcome.source, work[outcome.source])
+        except Failed as failure:
+            yield Outcome(outcome.source, failure=(failure.stage, failure.reason))
+        else:
+            yield Outcome(outcome.source) if done else outcome
 
 
 def _is_busy(outcome: Outcome) -> bool:
@@ -206,13 +210,13 @@ def _check_ours(out: Path) -> None:
         raise OutputError(f"`{there[0]}`: is of no run of nsam; pass --overwrite to replace it, or another --out")
 
 
-def _write_failures(path: Path, ours: set[str], failures: list[Outcome]) -> None:
+def _write_failures(path: Path, ours: set[str], failures: list[Outcome], turns: Turns) -> None:
     """`failed.csv`: what earlier runs, or others beside this one, say of slides that are not of this run; then its own.
 
     Raises:
         OutputError: it cannot be written.
     """
-    with in_turn(path.parent):  # runs that share it would lose each other's lines
+    with turns.next():  # runs that share it would lose each other's lines
         # By its name first: to follow this run's own links again at each failure would take the square of their number.
         rows = [
             row

@@ -182,10 +182,14 @@ class Cluster:
 
     def _tell_of_rest(self, bar: Progress) -> None:
         """Say so where slides wait, and no worker works."""
-        states = Counter(worker["status"] for worker in self._states())
+        fit = [worker for worker in self._states() if self._resources.keys() <= worker["resources"].keys()]
+        states = Counter(worker["status"] for worker in fit)
         if not states["running"]:
             told = ", ".join(f"{count} {state}" for state, count in states.items()) or "none is there"
-            bar.say(f"waiting: no worker of {self._address} runs ({told}); see their logs, or add workers", error=True)
+            gpu = " with a GPU" if self._resources else ""
+            bar.say(
+                f"waiting: no worker{gpu} of {self._address} runs ({told}); see their logs, or add workers", error=True
+            )
 
 
 def begin_slide(job: Job, source: Source, folder: Path, parts: int) -> Outcome | list[tuple[int, int]]:

@@ -58,13 +58,14 @@ def about(source: Source, run_hash: str, precision: Precision) -> dict[str, Any]
     }
 
 
-def earlier(folder: Path, wanted: dict[str, Any], settings: Settings) -> tuple[bool, bool]:
+def earlier(folder: Path, wanted: dict[str, Any], settings: Settings, card: ModelCard) -> tuple[bool, bool]:
     """Whether results of a slide and these settings are there, and whether they are all that is asked for.
 
     Args:
         folder: where its results go.
         wanted: see `about`.
         settings: of this run.
+        card: the model's; `auto` takes results of any precision that is proven.
 
     Raises:
         OutputError: there are others, which may not be overwritten.
@@ -78,7 +79,7 @@ def earlier(folder: Path, wanted: dict[str, Any], settings: Settings) -> tuple[b
         raise OutputError(f"`{there[0]}`: is of no run of nsam; pass --overwrite to replace it, or another --out")
     before = read_json(folder / DONE_NAME)  # empty if broken, for then nothing is finished
     other = {name for name, value in wanted.items() if before.get(name) != value}
-    if wanted["precision"] == "auto":  # any that was proven will do
+    if wanted["precision"] == "auto" and before.get("precision") in card.proven:
         other.discard("precision")
     if before and other and not settings.overwrite:
         if "path" in other:
@@ -88,9 +89,8 @@ def earlier(folder: Path, wanted: dict[str, Any], settings: Settings) -> tuple[b
         elif "slide_hash" in other:
             what = "of other settings"
         else:
-            what = (
-                f"made in {before.get('precision')}" if "precision" in other else "of the slide before it was changed"
-            )
+            made_in = f"of --precision {before.get('precision')}"
+            what = made_in if other == {"precision"} else "of the slide before it was changed"
         raise OutputError(f"`{folder}`: holds results {what}; pass --overwrite, or another --out")
     return not other, not other and all((folder / OUTPUTS[name]).is_file() for name in settings.outputs)
 

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,6 @@ from nsam.runtime.lock import alone
 from nsam.runtime.outcome import Failed, Outcome, at
 from nsam.runtime.pipeline import Progress, make_bands, segment_slide
 from nsam.runtime.region import Region
-from nsam.runtime.results import read_json
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, Settings
 from nsam.runtime.slides import Slide, open_slide
 from nsam.runtime.writers import write_results
@@ -82,11 +81,12 @@ class Job:
             return None
         start = time.monotonic()
         with self.opened(source) as (slide, frame, mpp_source), at("infer"), alone(folder):
-            same, complete = self._earlier(wanted, folder)  # another run may have ended by now
-            if complete:
+            if self._earlier(wanted, folder)[1]:  # another run may have ended by now
                 return None
             engine = self.engine()
-            same = same and read_json(folder / DONE_NAME).get("precision") == engine.precision
+            # What is added to earlier results must be of their precision.
+            wanted = {**wanted, "precision": engine.precision}
+            same, _ = self._earlier(wanted, folder)
             store = _store(folder, wanted, engine, frame.mpp)
             strips = segment_slide(
                 slide,
@@ -103,7 +103,6 @@ class Job:
                 found = write_results(strips, slide, frame.mpp, folder, self.settings.outputs, frame.region)
             done = {
                 **wanted,
-                "precision": engine.precision,
                 **_facts(slide, frame, mpp_source, found),
                 "seconds": round(time.monotonic() - start, 3),
                 "device": engine.device,
@@ -119,10 +118,12 @@ class Job:
         return done
 
     def is_done(self, source: Source, folder: Path) -> bool:
-        """Whether all that is asked for of a slide is there; not, if what is there are other results."""
-        with suppress(Failed):  # `segment` meets it again, and tells
-            return self._earlier(self._about(source), folder)[1]
-        return False
+        """Whether all that is asked for of a slide is there.
+
+        Raises:
+            Failed: there are other results, which may not be overwritten.
+        """
+        return self._earlier(self._about(source), folder)[1]
 
     def make_bands(self, source: Source, folder: Path, first: int, last: int) -> None:
         """Make those of the bands [first, last) that are not there yet, for `segment` to find.
@@ -165,7 +166,7 @@ class Job:
 
     def _earlier(self, wanted: dict[str, Any], folder: Path) -> tuple[bool, bool]:
         with at("write"):
-            return earlier(folder, wanted, self.settings)
+            return earlier(folder, wanted, self.settings, self.card)
 
     def _workers(self) -> int:
         return self.settings.workers or max(1, engines.available_cores() // 2)

@@ -1,4 +1,4 @@
-"""One process at a time works on a slide's results: two would write into the same files."""
+"""One process at a time works on a slide's results, or on a table that runs share: two would write into one file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from nsam.runtime.errors import BusyError
@@ -15,16 +16,16 @@ from nsam.runtime.files import output_errors
 
 _log = logging.getLogger(__name__)
 
-#: What holds a folder's small files so long is a process that was stopped.
-_PATIENCE_SECONDS = 30
+#: A table takes a moment, the report of a thousand slides some seconds: what holds it longer is a process that was
+#: stopped.
+_PATIENCE_SECONDS = 30.0
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold a slide's result folder, made where it is missing; a killed process lets go of it.
 
-    What is locked is a file in it that goes again at the end. On Windows nothing is held, nor where the file system has
-    no locks, of which the log then warns.
+    On Windows nothing is held, nor where the file system has no locks, of which the log then warns.
 
     Raises:
         BusyError: another process holds it.
@@ -32,10 +33,48 @@ def alone(folder: Path) -> Iterator[None]:
     """
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    with _held(folder / "lock.part"):
+        yield
+
+
+class Turns:
+    """A run's turns at a file that others, too, read, change and write."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Args:
+            path: the file; what is locked lies beside it.
+        """
+        self._path = path.with_name(path.name + ".lock.part")
+        self._patience = _PATIENCE_SECONDS
+
+    @contextmanager
+    def next(self) -> Iterator[None]:
+        """Wait until nobody else has it, though not for ever, and not again where that was in vain.
+
+        Raises:
+            OutputError: the folder cannot be written into.
+        """
+        with ExitStack() as stack:
+            deadline = time.monotonic() + self._patience
+            while self._patience:
+                try:
+                    stack.enter_context(_held(self._path))
+                    break
+                except BusyError:
+                    if time.monotonic() > deadline:
+                        _log.warning("`%s`: another run holds it, and seems to be stopped; going on", self._path)
+                        self._patience = 0
+                    time.sleep(0.02)
+            yield
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Hold a lock file, which goes again at the end; raises as `alone`."""
     if sys.platform == "win32":
         yield
         return
-    path = folder / "lock.part"
     with output_errors(path):
         while (held := _locked(path)) is None:
             pass
@@ -44,20 +83,6 @@ def alone(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(held)
-
-
-@contextmanager
-def in_turn(folder: Path) -> Iterator[None]:
-    """`alone`, for what takes a moment: whoever has the folder is waited for, though not for ever."""
-    with ExitStack() as stack:
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while time.monotonic() < deadline:
-            try:
-                stack.enter_context(alone(folder))
-                break
-            except BusyError:
-                time.sleep(0.02)
-        yield
 
 
 def _locked(path: Path) -> int | None:
@@ -77,7 +102,7 @@ def _locked(path: Path) -> int | None:
             f"`{path.parent}`: another run is writing it; wait for its end, or pass another --out"
         ) from error
     except OSError as error:
-        _log.warning("`%s`: cannot be locked (%s); let no two runs write into one --out here", path, error.strerror)
+        _warn(error.strerror)
     try:
         if os.path.samestat(os.fstat(handle), path.stat()):
             return handle
@@ -85,3 +110,9 @@ def _locked(path: Path) -> int | None:
         pass
     os.close(handle)
     return None
+
+
+@lru_cache
+def _warn(reason: str) -> None:
+    """Once a process, not for each slide."""
+    _log.warning("files cannot be locked there (%s); let no two runs write into one --out", reason)

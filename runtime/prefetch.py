@@ -7,6 +7,8 @@ import threading
 from collections.abc import Generator, Iterable
 from typing import Any, TypeVar
 
+from nsam.runtime.interrupts import uninterrupted
+
 _T = TypeVar("_T")
 _END = object()
 
@@ -20,6 +22,7 @@ def prefetch(items: Iterable[_T], depth: int, stop: threading.Event | None = Non
     """
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     stop = stop or threading.Event()
+    ended = threading.Event()
 
     def put(entry: tuple[Any, BaseException | None]) -> bool:
         while not stop.is_set():
@@ -40,9 +43,12 @@ def prefetch(items: Iterable[_T], depth: int, stop: threading.Event | None = Non
         except BaseException as error:  # whatever it is belongs to the caller
             put((_END, error))
         finally:
-            close = getattr(source, "close", None)
-            if close:
-                close()
+            try:
+                close = getattr(source, "close", None)
+                if close:
+                    close()
+            finally:
+                ended.set()
 
     thread = threading.Thread(target=work, name="nsam-prefetch", daemon=True)
     thread.start()
@@ -55,17 +61,6 @@ def prefetch(items: Iterable[_T], depth: int, stop: threading.Event | None = Non
                 return
             yield item
     finally:
-        stop.set()
-        _ended(thread)
-
-
-def _ended(thread: threading.Thread) -> None:
-    """Wait for a thread, though Ctrl-C comes meanwhile: what it reads is about to be closed."""
-    interrupt = None
-    while thread.is_alive():
-        try:
-            thread.join()
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt:
-        raise interrupt
+        with uninterrupted():  # what the thread reads is about to be closed
+            stop.set()
+            ended.wait()  # not `join`: Python takes a thread for ended once a Ctrl-C has come into that

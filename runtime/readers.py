@@ -24,9 +24,8 @@ from nsam.runtime.scales import NO_MPP, UM_PER_INCH, openslide_mpp, resolution_m
 from nsam.runtime.slides import ArraySlide, Slide
 from nsam.runtime.tiles import Box
 
-#: Pieces of a slide kept decoded, for neighbouring tiles of the network share them: so many bytes, 64 pieces of 512 px,
-#: but four pieces at least, which may meet in a tile.
-_BYTES_KEPT, _LEAST_KEPT = 50_000_000, 4
+#: Pieces of a slide kept decoded, for neighbouring tiles of the network share them: 50 MB at 512 px, 200 at 4096.
+_PIECES_KEPT, _LEAST_KEPT, _BYTES_KEPT = 64, 4, 200_000_000
 #: Side of the lattice on which OpenSlide's lower levels are read.
 _LATTICE_PX = 512
 
@@ -176,7 +175,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _kept(read: Callable[[int, int, int], NDArray[np.uint8]], px: int) -> Any:
     """`read`, which gives RGB pieces of so many px, with the latest of them kept."""
-    return lru_cache(max(_LEAST_KEPT, _BYTES_KEPT // (3 * px)))(read)
+    return lru_cache(max(_LEAST_KEPT, min(_PIECES_KEPT, _BYTES_KEPT // (3 * px))))(read)
 
 
 def _assembled(

@@ -15,7 +15,7 @@ import click
 
 from nsam.runtime.errors import OutputError
 from nsam.runtime.files import write_text
-from nsam.runtime.lock import in_turn
+from nsam.runtime.lock import Turns
 from nsam.runtime.results import FAILED_NAME, RUN_NAME, UNREADABLE, SlideResult, as_dict, read_failures, read_json
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
 
@@ -68,7 +68,7 @@ def report_at_end(out: Path) -> Iterator[None]:
         yield
     finally:
         try:
-            with in_turn(out):  # runs that share it each show all that is there
+            with Turns(out / REPORT_NAME).next():  # else an older page might come last
                 write_report(out)
         except OutputError as error:  # the results themselves are there
             click.echo(str(error), err=True)

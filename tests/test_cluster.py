@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -249,7 +250,7 @@ def test_where_no_worker_is_left_somebody_says_so(
     table = write_table(tmp_path, {drawn.table.parent / "a.tif": 0.25})
     result = infer(table, drawn.model, tmp_path / "out", "--cluster", str(dask.file))
     thread.join()
-    assert f"waiting: no worker of {dask.file} runs (none is there); see their logs" in result.stderr
+    assert f"waiting: no worker with a GPU of {dask.file} runs (none is there); see their logs" in result.stderr
     assert "it killed 3 workers" in result.stderr
 
 
@@ -272,10 +273,42 @@ def _deadly(*arguments: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_local_cluster(drawn: Work, tmp_path: Path) -> None:
+def test_a_local_cluster(drawn: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import distributed
+
+    sent: list[Any] = []
+    limits: set[int] = set()
+    submit, states = distributed.Client.submit, cluster.Cluster._states
+
+    def told(self: cluster.Cluster) -> list[dict[str, Any]]:
+        found = states(self)
+        limits.update(worker["memory_limit"] for worker in found)
+        return found
+
+    monkeypatch.setattr(distributed.Client, "submit", lambda *a, **k: sent.append(a) or submit(*a, **k))
+    monkeypatch.setattr(cluster.Cluster, "_states", told)
     result = infer(drawn.table, drawn.model, tmp_path, "--cluster", "local:2")
     assert "device: 2 workers of local:2, dashboard http" in result.output
     assert results(tmp_path) == drawn.here
+    assert {task[2].settings.inputs for task in sent} == {()}, "of thousands each task would carry all"
+    assert limits == {0}, "at a limit Dask would pause a worker for ever"
+
+
+@pytest.mark.parametrize("there", ["another's file", "other settings"])
+def test_results_that_may_not_be_replaced_are_refused_before_regions_are_made(
+    drawn: Work, tmp_path: Path, there: str
+) -> None:
+    table, folder = write_table(tmp_path, {drawn.table.parent / "large.tif": 0.25}), tmp_path / "out" / "large"
+    folder.mkdir(parents=True)
+    if there == "another's file":
+        (folder / "nuclei.csv").write_text("mine")
+    else:
+        slide = str((drawn.table.parent / "large.tif").resolve())
+        (folder / "slide.json").write_text(json.dumps({"path": slide, "nsam": version("nsam")}))
+    result = infer(table, drawn.model, tmp_path / "out", "--cluster", "local:2")
+    assert result.exit_code == 1
+    assert ("is of no run of nsam" if there == "another's file" else "holds results of other settings") in result.stderr
+    assert len(list(folder.iterdir())) == 1
 
 
 def test_of_two_errors_in_a_slide_that_of_one_machine_is_told(tiny_model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -22,7 +23,8 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from PIL import Image
 
-from nsam.runtime import job, segment
+from nsam.runtime import job, pipeline, segment
+from nsam.runtime.bands import BandStore
 from nsam.runtime.cli import main
 from nsam.runtime.engines import load
 from nsam.runtime.errors import InputError
@@ -430,15 +432,58 @@ def test_a_precision_that_was_asked_for_is_had(infer: Callable[..., Result], png
     assert done["precision"] == "fp32"
     assert "1 skipped" in infer(*options, "--precision", "fp32").stdout
     path.write_text(json.dumps({**done, "precision": "int8"}))
-    assert "1 skipped" in infer(*options).stdout
-    result = infer(*options, "--precision", "fp32")
-    assert result.exit_code == 1
-    assert "holds results made in int8; pass --overwrite" in result.stderr
-    # Of more outputs some would else be of one precision, some of another.
-    (path.parent / "nuclei.geojson").touch()
-    assert "9 nuclei" in infer(*options[:3], "--outputs", "labels").stdout
-    assert not {"nuclei.csv", "nuclei.geojson"} & {file.name for file in path.parent.iterdir()}
+    refused = "holds results of --precision int8; pass --overwrite"
+    assert refused in infer(*options).stderr, "it is not proven of this model"
+    assert refused in infer(*options, "--precision", "fp32").stderr
+
+
+def test_results_of_any_proven_precision_will_do_but_are_not_mixed(
+    infer: Callable[..., Result], png: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = job.engines.read_card
+    monkeypatch.setattr(job.engines, "read_card", lambda *of: dataclasses.replace(real(*of), proven=("fp32", "int8")))
+    options = (png, "--mpp", 0.25, "--outputs")
+    assert infer(*options, "csv").exit_code == 0
+    path = tmp_path / "out" / "a" / "slide.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "precision": "int8"}))
+    assert "1 skipped" in infer(*options, "csv").stdout
+    result = infer(*options, "csv,labels")
+    assert "holds results of --precision int8; pass --overwrite" in result.stderr
+    assert (path.parent / "nuclei.csv").exists()
+    assert "9 nuclei" in infer(*options, "labels", "--overwrite").stdout
+    assert not (path.parent / "nuclei.csv").exists(), "it is of another precision"
     assert json.loads(path.read_text())["precision"] == "fp32"
+
+
+def test_bands_of_two_precisions_do_not_mix(
+    infer: Callable[..., Result], png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed run left, under `auto` that now takes another."""
+    real_load, real_write = job.engines.load, job.write_results
+
+    def load(*arguments: Any) -> Any:
+        engine = real_load(*arguments)
+        engine.precision = "bf16"
+        return engine
+
+    def killed(strips: Any, *arguments: Any) -> Any:
+        list(strips)
+        raise OSError(28, "No space left on device")
+
+    job._engine.cache_clear()
+    monkeypatch.setattr(job.engines, "load", load)
+    monkeypatch.setattr(job, "write_results", killed)
+    assert infer(png, "--mpp", 0.25).exit_code == 1
+    (kept,) = (tmp_path / "out" / "a" / "bands.part").iterdir()
+    made = []
+    job._engine.cache_clear()
+    monkeypatch.setattr(job.engines, "load", real_load)
+    monkeypatch.setattr(job, "write_results", real_write)
+    real_bands = pipeline.make_bands
+    monkeypatch.setattr(pipeline, "make_bands", lambda *a, **k: made.append(a) or real_bands(*a, **k))
+    assert kept.exists()
+    assert infer(png, "--mpp", 0.25).exit_code == 0
+    assert made
 
 
 def test_results_of_another_version_are_told_as_such(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
@@ -538,32 +583,33 @@ def test_a_slide_that_is_written_anew_meanwhile_is_seen_to_have_changed(
     assert "of the slide before it was changed" in infer(png, "--mpp", 0.25).stderr
 
 
+@pytest.mark.parametrize("at", ["results", "bands", "strips"])
 def test_no_slide_closes_while_it_is_read(
-    infer: Callable[..., Result], png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    infer: Callable[..., Result], png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     """Results that cannot be written, a full disk for instance, end a slide in the middle; OpenSlide aborts then."""
     reading: list[str] = []
     real = ArraySlide.close
-    frames = []
 
     def close(self: ArraySlide) -> None:
         reading.extend(thread.name for thread in threading.enumerate() if thread.name.startswith("nsam-"))
         real(self)
 
-    def full(strips: Any, *arguments: Any) -> Any:
-        try:
-            next(iter(strips))
-            raise OSError(28, "No space left on device")
-        except OSError:
-            frames.append(sys.exc_info())  # as a logged traceback keeps it
-            raise
+    def full(*arguments: Any) -> Any:
+        if at == "results":
+            next(arguments[0])
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ArraySlide, "close", close)
-    monkeypatch.setattr(job, "write_results", full)
+    owner, name = {
+        "results": (job, "write_results"),
+        "bands": (BandStore, "write"),
+        "strips": (pipeline.Canvas, "add"),
+    }[at]
+    monkeypatch.setattr(owner, name, full)
     Image.fromarray(np.tile(np.asarray(Image.open(png)), (12, 1, 1))).save(tmp_path / "long.png")
     result = infer(tmp_path / "long.png", "--mpp", 0.25)
     assert "No space left on device" in result.stderr
-    assert len(frames) == 1
     assert reading == []
 
 

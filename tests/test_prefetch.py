@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -64,36 +65,47 @@ def test_a_caller_that_stops_ends_the_thread() -> None:
     assert threading.active_count() == before
 
 
-def test_ctrl_c_while_the_thread_ends_is_kept_until_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_the_thread_ends_is_kept_until_it_has() -> None:
     """What it reads is closed next."""
-    ended = threading.Event()
+    ended, stopped = threading.Event(), threading.Event()
 
     def source() -> Iterator[int]:
         try:
             yield from range(1000)
         finally:
-            time.sleep(0.3)
+            stopped.set()
+            time.sleep(0.5)
             ended.set()
 
-    real, interrupts = threading.Thread.join, [KeyboardInterrupt, KeyboardInterrupt]
-
-    def join(thread: threading.Thread, timeout: float | None = None) -> None:
-        if interrupts:
-            raise interrupts.pop()
-        real(thread, timeout)
+    def interrupt() -> None:
+        stopped.wait(10)
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
 
     items = prefetch(source(), 1)
     next(items)
-    monkeypatch.setattr(threading.Thread, "join", join)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
         items.close()
     assert ended.is_set()
+    thread.join()
 
 
 def test_ctrl_c_waits_for_native_code() -> None:
+    """Though the system gives it to another thread."""
+    other = threading.Event()
+    thread = threading.Thread(target=other.wait)
+    thread.start()
     done = False
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012, SIM117
         with uninterrupted():
-            signal.raise_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
             done = True
     assert done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    other.set()
+    thread.join()

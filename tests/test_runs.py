@@ -184,7 +184,7 @@ def test_a_source_is_tested_by_a_network_of_another(tmp_path: Path, disc_pairs: 
                 path.unlink()
     few = [*command, "--out", str(tmp_path / "few"), "--fold"]
     refused = CliRunner().invoke(main, [*few, "0"])
-    assert "fold0 has nothing to train on; of a source's only image thresholds are chosen" in refused.stderr
+    assert "`fold0`: has nothing to train on; a source's only image is set aside" in refused.stderr
     assert not (tmp_path / "few").exists()
     result = CliRunner().invoke(main, [*few, "1"])
     assert result.exit_code == 0, result.output

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from nsam.runtime import batch, job, lock
+from nsam.runtime import batch, job, lock, report
 from nsam.runtime.bands import BandStore
 from nsam.runtime.cli import main
 from nsam.runtime.errors import OutputError
@@ -123,17 +123,47 @@ def test_runs_do_not_lose_each_others_failures(tmp_path: Path, monkeypatch: pyte
     paths = [tmp_path / f"{name}.png" for name in "abcd"]
 
     def note(path: Path) -> None:
-        batch._write_failures(tmp_path / "failed.csv", {str(path)}, [Outcome(Source(path), failure=("open", "broken"))])
+        table = tmp_path / "failed.csv"
+        failed = [Outcome(Source(path), failure=("open", "broken"))]
+        batch._write_failures(table, {str(path)}, failed, lock.Turns(table))
 
     with ThreadPoolExecutor(len(paths)) as pool:
         list(pool.map(note, paths))
     assert sorted(slide for slide, *_ in real(tmp_path / "failed.csv")) == sorted(map(str, paths))
 
 
-def test_a_run_that_was_stopped_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "_PATIENCE_SECONDS", 0.1)
-    with alone(tmp_path), lock.in_turn(tmp_path):
-        assert (tmp_path / "lock.part").exists()
+def test_runs_write_their_report_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+
+    def write(out: Path) -> None:
+        steps.append("begun")
+        time.sleep(0.1)
+        steps.append("ended")
+
+    def run(_: int) -> None:
+        with report.report_at_end(tmp_path):
+            pass
+
+    monkeypatch.setattr(report, "write_report", write)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, range(3)))
+    assert steps == ["begun", "ended"] * 3
+
+
+def test_a_run_that_was_stopped_is_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lock, "_PATIENCE_SECONDS", 0.2)
+    stopped, turns = lock.Turns(tmp_path / "a.csv"), lock.Turns(tmp_path / "a.csv")
+    seconds = []
+    with stopped.next():
+        for _ in range(3):
+            begin = time.monotonic()
+            with turns.next():
+                seconds.append(time.monotonic() - begin)
+    assert seconds[0] > 0.2
+    assert max(seconds[1:]) < 0.1
+    assert caplog.text.count("another run holds it, and seems to be stopped; going on") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -176,9 +206,10 @@ def test_where_there_are_no_locks_a_warning_says_so(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with alone(tmp_path / "a"):
-        pass
-    assert "lock.part`: cannot be locked (No locks available)" in caplog.text
+    for _ in range(2):
+        with alone(tmp_path / "a"):
+            pass
+    assert caplog.text.count("files cannot be locked there (No locks available)") == 1
     assert not list((tmp_path / "a").iterdir())
 
 

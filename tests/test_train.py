@@ -186,7 +186,7 @@ def test_a_run_that_tunes_all_goes_on_from_no_base_of_other_images(tmp_path: Pat
     assert seen.count("\n") == 8
     shutil.move(bases[0], tmp_path / "kept")
     shutil.copytree(bases[1], bases[0])
-    with pytest.raises(ModelError, match="what its base has been trained on is not what it was; use the same base"):
+    with pytest.raises(ModelError, match="its base has been trained on other images than it was; use the same base"):
         fit(settings, half, out, device=CPU, resume=True)
     assert (out / "seen.txt").read_text() == seen
     shutil.rmtree(bases[0])

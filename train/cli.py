@@ -84,7 +84,7 @@ def main(data: Path, out: Path, verbose: bool, **options: Any) -> None:
     except ValueError as error:
         raise NsamError(str(error)) from error
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):
+        if "DataLoader worker (pid" in str(error):  # not what a living one raised
             raise NsamError(
                 "a process that prepares crops was killed, by too little memory mostly; pass --workers 0 and --resume"
             ) from error

@@ -64,7 +64,7 @@ def cross_validate(
     for name in which:  # the last of them would else be refused after hours
         if not folds[name].train:
             raise InputError(
-                f"`{sources[0]}`: {name} has nothing to train on; of a source's only image thresholds are chosen"
+                f"`{name}`: has nothing to train on; a source's only image is set aside to choose thresholds"
             )
         refuse_seen(of_fold(settings, name), name, folds[name].test)
     if group.leads:

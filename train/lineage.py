@@ -93,7 +93,8 @@ def check_seen(path: Path, digests: Iterable[str]) -> None:
         same = False
     if not same:
         raise ModelError(
-            f"`{path}`: what its base has been trained on is not what it was; use the same base, or another --out"
+            f"`{path}`: missing, or its base has been trained on other images than it was; use the same base, or "
+            "another --out"
         )
 
 
