@@ -49,7 +49,7 @@ def build(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
     metrics = _finished_metrics(settings.fold_dir)
     card = replace(
         _draft(settings, trained, metrics),
-        name=settings.name,
+        name=settings.name or settings.fold_dir.resolve().parent.name,
         version=settings.model_version,
         licence=settings.licence,
         training=_training(settings, metrics),

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from nsam.export.settings import PRECISIONS, Settings
-from nsam.runtime.options import SCALE, Command, names_of
+from nsam.runtime.options import SCALE, Command, brought_by, names_of
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -38,7 +38,7 @@ from nsam.runtime.options import SCALE, Command, names_of
     multiple=True,
     help="The run's data, and its --extra in their order, for the proof. [default: where the run found them]",
 )
-@click.option("--name", default="nsam", help="Name in the card.")
+@click.option("--name", help="Name in the card. [default: the run's folder]")
 @click.option("--model-version", default="0.1.0", help="Version in the card.")
 @click.option("--licence", default="Apache-2.0", help="Licence in the card.")
 @click.option("--attribution", default="", help="Training data and their licence, for the card.")
@@ -79,11 +79,13 @@ def main(fold_dir: Path | None, out: Path | None, check: Path | None, verbose: b
     for noisy in ("onnxscript", "onnx_ir", "torch.onnx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if check is not None:
-        from nsam.export.check import check as check_model
+        with brought_by("export"):
+            from nsam.export.check import check as check_model
 
         check_model(check, click.echo)
     else:
-        from nsam.export.build import build
+        with brought_by("export"):
+            from nsam.export.build import build
 
         click.echo(f"made {build(Settings(fold_dir=fold_dir, out=out, **options), click.echo)}")
 

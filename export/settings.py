@@ -18,7 +18,7 @@ class Settings:
     fold_dir: Path
     out: Path
     data: tuple[Path, ...] = ()  # the run's data, then its --extra in their order; empty: where the run found them
-    name: str = "nsam"
+    name: str | None = None  # in the card; None: the run's folder
     model_version: str = "0.1.0"
     licence: str = "Apache-2.0"
     attribution: str = ""  # whose data it was trained on, and under which licence

@@ -15,6 +15,7 @@ from typing import Protocol
 import click
 
 from nsam.runtime.card import ModelCard
+from nsam.runtime.done import made_with
 from nsam.runtime.errors import OutputError
 from nsam.runtime.files import output_errors, printable, to_json, write_csv, write_text
 from nsam.runtime.inputs import Source, find_slides, folder_names
@@ -50,7 +51,7 @@ def run(settings: Settings) -> int:
     with _place(settings) as place, progress(len(sources)) as bar:
         device = place.begin(job)
         bar.say(f"device: {device}")
-        write_text(settings.out / RUN_NAME, describe(settings, job.card, device, job.run_hash))
+        write_text(settings.out / RUN_NAME, describe(settings, job.card, device))
         with report_at_end(settings.out):
             tally = _segment(sources, place, job, bar)
     seconds = time.monotonic() - begin
@@ -179,7 +180,7 @@ def _place(settings: Settings) -> Iterator[Place]:
         yield cluster
 
 
-def describe(settings: Settings, card: ModelCard, device: str, run_hash: str) -> str:
+def describe(settings: Settings, card: ModelCard, device: str) -> str:
     """`run.json`."""
     return to_json(
         {
@@ -189,7 +190,7 @@ def describe(settings: Settings, card: ModelCard, device: str, run_hash: str) ->
             "nsam": version("nsam"),
             "libraries": {name: version(name) for name in _LIBRARIES},
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "run_hash": run_hash,
+            "made_with": made_with(card, settings),
         }
     )
 
@@ -206,7 +207,7 @@ def _check_writable(out: Path) -> None:
 def _check_ours(out: Path) -> None:
     """Files of these names may be somebody else's."""
     there = [out / name for name in (RUN_NAME, FAILED_NAME, REPORT_NAME) if (out / name).exists()]
-    if there and "run_hash" not in read_json(out / RUN_NAME):
+    if there and "made_with" not in read_json(out / RUN_NAME):
         raise OutputError(f"`{there[0]}`: is of no run of nsam; pass --overwrite to replace it, or another --out")
 
 

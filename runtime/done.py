@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -13,48 +14,54 @@ from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import InputError, OutputError
 from nsam.runtime.files import to_json
 from nsam.runtime.inputs import Source
-from nsam.runtime.results import read_json
-from nsam.runtime.settings import BANDS_NAME, DONE_NAME, OUTPUTS, RESULT_NAMES, Precision, Settings
+from nsam.runtime.results import as_dict, differences, read_json
+from nsam.runtime.settings import BANDS_NAME, DONE_NAME, OUTPUTS, RESULT_NAMES, Settings
 
 
-def run_hash_of(card: ModelCard, settings: Settings) -> str:
-    """A hash of all in a run that changes the results, but for the network's precision, which `auto` leaves open."""
-    return _hash(
-        {
-            "nsam": version("nsam"),
-            "model": card.files["model.onnx"].sha256,
-            "post": dataclasses.asdict(card.post),
-            "mpp": settings.mpp,
-            "tta": settings.tta,
-            "network_mpp": card.input.mpp,
-            "tissue_mask": settings.tissue_mask,
-            "roi": settings.roi,
-        }
-    )
+def made_with(card: ModelCard, settings: Settings) -> dict[str, Any]:
+    """All in a run that changes the results, as JSON has it, but for the network's precision, which `auto` leaves
+    open.
+    """
+    parts = {
+        "nsam": version("nsam"),
+        "model": f"{card.name} {card.version} ({card.files['model.onnx'].sha256[:12]})",
+        "post": dataclasses.asdict(card.post),
+        "mpp": settings.mpp,
+        "tta": settings.tta,
+        "network_mpp": card.input.mpp,
+        "tissue_mask": settings.tissue_mask,
+        "roi": settings.roi,
+    }
+    return as_dict(json.loads(to_json(parts)))
 
 
-def about(source: Source, run_hash: str, precision: Precision) -> dict[str, Any]:
-    """What decides over a slide's results, as it stands in `slide.json`: its file, a hash of all settings, and the
-    network's precision. Devices count as equal.
+def about(source: Source, card: ModelCard, settings: Settings) -> dict[str, Any]:
+    """What decides over a slide's results, as it stands in `slide.json`: its file, all settings, and the network's
+    precision. Devices count as equal.
 
     To be called before the file is read: one that is written anew meanwhile is then seen to have changed.
 
     Raises:
         InputError: its mask cannot be read.
     """
-    slide_hash = run_hash
-    if source.mpp is not None or source.mask is not None:
+    parts = made_with(card, settings)
+    if source.mpp is not None:
+        parts["mpp"] = source.mpp
+    if source.mask:
         try:
-            mask = hashlib.sha256(source.mask.read_bytes()).hexdigest() if source.mask else None
+            parts["mask"] = hashlib.sha256(source.mask.read_bytes()).hexdigest()[:16]
+        except FileNotFoundError as error:
+            raise InputError(
+                f"`{source.mask}`: is missing, the mask of `{source.path}` (.png, .tif or .tiff)"
+            ) from error
         except OSError as error:
             raise InputError(f"`{source.mask}`: the mask cannot be read ({error.strerror})") from error
-        slide_hash = _hash({"run": run_hash, "mpp": source.mpp, "mask": mask})
     return {
         "path": source.real_path,
         "bytes": source.size,  # another slide may come to lie at the same path
         "modified_ns": source.modified_ns,
-        "slide_hash": slide_hash,
-        "precision": precision,
+        "made_with": parts,
+        "precision": settings.precision,
     }
 
 
@@ -84,16 +91,12 @@ def earlier(folder: Path, wanted: dict[str, Any], settings: Settings, card: Mode
     if before and other and not settings.overwrite:
         if "path" in other:
             what = f"of another slide ({before.get('path')})"
-        elif before.get("nsam") != version("nsam"):
-            what = f"of another version of nsam ({before.get('nsam')})"
-        elif "slide_hash" in other:
-            what = "of other settings"
+        elif "made_with" in other:
+            known = as_dict(before.get("made_with"))
+            found = ", ".join(differences(known, wanted["made_with"]))
+            what = f"of other settings ({found})" if known else "of an earlier version of nsam"
         else:
             made_in = f"of --precision {before.get('precision')}"
             what = made_in if other == {"precision"} else "of the slide before it was changed"
         raise OutputError(f"`{folder}`: holds results {what}; pass --overwrite, or another --out")
     return not other, not other and all((folder / OUTPUTS[name]).is_file() for name in settings.outputs)
-
-
-def _hash(parts: dict[str, Any]) -> str:
-    return hashlib.sha256(to_json(parts).encode()).hexdigest()[:16]

@@ -134,6 +134,9 @@ def _engine(model_dir: Path, card: ModelCard, device: str, threads: int, wanted:
     make = _maker(device)
     # fp32 is always there: the chain begins with it.
     proven = [name for name in known if name in card.proven and FILES[name] in card.files] or ["fp32"]
+    if wanted != "auto" and FILES[wanted] not in card.files:
+        there = [name for name in known if FILES[name] in card.files]
+        raise ModelError(f"`{model_dir}`: has no {wanted}; --precision may be {', '.join(there)}")
     for precision in proven if wanted == "auto" else [wanted]:
         path = card.verify_file(model_dir, FILES[precision])
         try:

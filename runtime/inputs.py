@@ -166,7 +166,11 @@ def _read_table(path: Path) -> Iterator[Source]:
     """Rows of a CSV; paths in it are relative to its own folder."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
+            head = stream.readline()
+            stream.seek(0)
+            # Where the comma is the decimal sign, spreadsheets put semicolons between the columns.
+            semicolons = ";" in head and "," not in head
+            reader = csv.DictReader(stream, strict=True, delimiter=";" if semicolons else ",")
             reader.fieldnames = [name.strip().casefold() for name in reader.fieldnames or ()]
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -183,7 +187,7 @@ def _read_table(path: Path) -> Iterator[Source]:
         mpp = None
         if text := (row.get("mpp") or "").strip():
             try:
-                mpp = float(text)
+                mpp = float(text.replace(",", ".") if semicolons else text)
             except ValueError:
                 mpp = math.nan
             low, high = MPP_RANGE

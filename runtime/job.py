@@ -8,14 +8,13 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from nsam.runtime import engines
 from nsam.runtime.bands import BandStore
 from nsam.runtime.card import ModelCard
-from nsam.runtime.done import about, earlier, run_hash_of
+from nsam.runtime.done import about, earlier
 from nsam.runtime.errors import InputError
 from nsam.runtime.files import output_errors, printable, to_json, write_text
 from nsam.runtime.frame import Frame
@@ -30,6 +29,11 @@ from nsam.runtime.writers import write_results
 
 _log = logging.getLogger(__name__)
 
+#: Of the user's and the slide's own mpp: more is worth a word, for sizes and densities hang on it.
+_MPP_DIFFERS, _AGAINST = 0.05, ", against "
+#: Times the network's own mpp.
+_COARSE = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -37,7 +41,6 @@ class Job:
 
     settings: Settings
     card: ModelCard  # the model's, at the scale that was asked for
-    run_hash: str
 
     @classmethod
     def of(cls, settings: Settings) -> Job:
@@ -46,8 +49,7 @@ class Job:
         Raises:
             ModelError: see `engines.read_card`.
         """
-        card = engines.read_card(settings.model, settings.network_mpp)
-        return cls(settings, card, run_hash_of(card, settings))
+        return cls(settings, engines.read_card(settings.model, settings.network_mpp))
 
     def engine(self) -> engines.Engine:
         """The network, loaded once in each process.
@@ -56,7 +58,7 @@ class Job:
             ModelError, DeviceError: see `engines.load`.
         """
         s = self.settings
-        return _engine(self.run_hash, s.model, s.device, s.threads, s.tta, s.precision, s.network_mpp)
+        return _engine(self.card.to_json(), s.model, s.device, s.threads, s.tta, s.precision, s.network_mpp)
 
     def outcome(self, source: Source, folder: Path, on_progress: Progress = lambda done, total: None) -> Outcome:
         """Segment a slide and write its results; a failure is an outcome, too."""
@@ -106,8 +108,6 @@ class Job:
                 **_facts(slide, frame, mpp_source, found),
                 "seconds": round(time.monotonic() - start, 3),
                 "device": engine.device,
-                "nsam": version("nsam"),
-                "run_hash": self.run_hash,
             }
             if not same:  # what other settings left must not pass for a result of these
                 with output_errors(folder):
@@ -162,7 +162,7 @@ class Job:
 
     def _about(self, source: Source) -> dict[str, Any]:
         with at("mask"):
-            return about(source, self.run_hash, self.settings.precision)
+            return about(source, self.card, self.settings)
 
     def _earlier(self, wanted: dict[str, Any], folder: Path) -> tuple[bool, bool]:
         with at("write"):
@@ -173,7 +173,7 @@ class Job:
 
 
 @lru_cache(maxsize=1)
-def _engine(run_hash: str, *arguments: Any) -> engines.Engine:
+def _engine(card: str, *arguments: Any) -> engines.Engine:
     return engines.load(*arguments)
 
 
@@ -212,19 +212,28 @@ def _check_name(path: Path) -> None:
 
 
 def _mpp(slide: Slide, *asked: float | None) -> tuple[float, str]:
-    """µm per level-0 px, and who says so: the table, the command, or the slide."""
+    """µm per level-0 px, and who says so: the table, the command, or the slide; and who says otherwise."""
+    own, said_by = slide.mpp, slide.mpp_source
     for mpp, name in zip(asked, ("the table", "--mpp"), strict=True):
         if mpp is not None:
-            return mpp, name
-    if slide.mpp is None:
-        raise InputError(f"`{slide.path}`: {slide.mpp_source}; pass --mpp (µm per px; 0.25 for most 40x scans)")
-    return slide.mpp, slide.mpp_source
+            differs = own is not None and not said_by.startswith("assumed") and abs(mpp / own - 1) > _MPP_DIFFERS
+            return mpp, f"{name}{_AGAINST}{own:.4g} by {said_by}" if differs else name
+    if own is None:
+        raise InputError(
+            f"`{slide.path}`: {said_by}; pass --mpp (µm per px; 0.25 for most 40x scans), which holds for all slides, "
+            "or a table with the column mpp"
+        )
+    return own, said_by
 
 
 def _remarks(done: dict[str, Any]) -> tuple[str, ...]:
     remarks = []
     if done["mpp_source"].startswith("assumed"):
         remarks.append(f"{done['mpp']:g} µm/px is {done['mpp_source']}; pass --mpp if that is wrong")
+    elif _AGAINST in done["mpp_source"]:
+        remarks.append(f"{done['mpp']:g} µm/px by {done['mpp_source']}; a table gives each slide its own")
+    if done["mpp"] > _COARSE * done["made_with"]["network_mpp"]:
+        remarks.append(f"{done['mpp']:g} µm/px is too coarse to show the network what it was trained on")
     if done["cut_by_halo"]:
         remarks.append(f"{done['cut_by_halo']} nuclei are larger than what a block reads, and may be cut")
     return tuple(remarks)

@@ -6,7 +6,8 @@ import io
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -33,6 +34,19 @@ class Command(click.Command):
             if ctx.params.get("verbose"):
                 traceback.print_exc()
             raise _Refusal(str(error)) from error
+
+
+@contextmanager
+def brought_by(extra: str) -> Iterator[None]:
+    """Tell, of an import that fails, which of nsam's extras brings it.
+
+    Raises:
+        NsamError: something is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise NsamError(f"`{error.name}` is not installed; pip install 'nsam[{extra}]'") from error
 
 
 class _Refusal(click.ClickException):

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from nsam.runtime.measure import Nucleus
 from nsam.runtime.region import Region
 from nsam.runtime.sinks import Add
+from nsam.runtime.tiles import Box
 
 _THUMBNAIL_PX = 420
 _HEATMAP_PX = 1200
@@ -24,6 +25,8 @@ _REGION_RGB = (20, 90, 220)
 _FRACTION_BITS = 4  # OpenCV draws in 1/16 px
 _CELL_UM = 50.0  # side of a cell in which nuclei are counted
 _COLOURS = cv2.COLORMAP_VIRIDIS
+_LEAST_SEEN = 0.2  # share of a cell's neighbourhood, of the largest share, that a density is reckoned by
+_NOT_LOOKED_AT = 235  # grey
 _BAR_PX = 150  # width of the legend
 
 
@@ -33,13 +36,17 @@ class Density:
     Args:
         size_wh: the slide's width and height, level-0 px.
         mpp: µm per level-0 px.
+        region: where nuclei were wanted; None: everywhere.
     """
 
-    def __init__(self, size_wh: tuple[int, int], mpp: float) -> None:
+    def __init__(self, size_wh: tuple[int, int], mpp: float, region: Region | None = None) -> None:
         self.size_wh, self.mpp = size_wh, mpp
         self._cell_px = _CELL_UM / mpp
         self._cells_wh = size_wh[0] / self._cell_px, size_wh[1] / self._cell_px  # the last may be a part
-        self._counts = np.zeros([max(1, math.ceil(side)) for side in self._cells_wh[::-1]], np.float32)
+        rows, columns = (max(1, math.ceil(side)) for side in self._cells_wh[::-1])
+        self._counts = np.zeros((rows, columns), np.float32)
+        whole = Region(np.ones((1, 1), bool), Box(0, 0, *size_wh), size_wh)
+        self._wanted = (region or whole).shares(self._cell_px, rows, columns)
 
     def add(self, nucleus: Nucleus) -> None:
         """Count a nucleus."""
@@ -49,20 +56,26 @@ class Density:
     def per_mm2(self) -> NDArray[np.float32]:
         """Nuclei per mm² of each cell, smoothed by a Gaussian of one cell: (rows, columns) float32.
 
-        At the edges only what lies in the slide is weighed.
+        Only what was looked at is weighed; where that is little, a single nucleus makes no peak.
         """
-        rows, columns = self._counts.shape
-        parts = [np.clip(side - np.arange(n), 0, 1) for side, n in zip(self._cells_wh, (columns, rows), strict=True)]
-        cells = np.outer(parts[1], parts[0]).astype(np.float32)
-        found, seen = (cv2.GaussianBlur(a, (0, 0), 1, borderType=cv2.BORDER_CONSTANT) for a in (self._counts, cells))
-        return np.asarray(found / np.maximum(seen, 1e-6) / (_CELL_UM / 1000) ** 2, np.float32)
+        found, seen = (
+            cv2.GaussianBlur(part, (0, 0), 1, borderType=cv2.BORDER_CONSTANT) for part in (self._counts, self._wanted)
+        )
+        least = max(_LEAST_SEEN * float(seen.max()), 1e-6)
+        return np.asarray(found / np.maximum(seen, least) / (_CELL_UM / 1000) ** 2, np.float32)
 
     def picture(self, wh: tuple[int, int]) -> NDArray[np.float32]:
         """`per_mm2` at each px of a picture of the slide, (width, height) `wh`: (h, w) float32."""
+        return self._spread(self.per_mm2(), wh, cv2.INTER_LINEAR)
+
+    def looked_at(self, wh: tuple[int, int]) -> NDArray[np.bool_]:
+        """Whether anything of the cell at each px of such a picture was looked at: (h, w)."""
+        return self._spread(self._wanted, wh, cv2.INTER_NEAREST) > 0
+
+    def _spread(self, cells: NDArray[np.float32], wh: tuple[int, int], how: int) -> NDArray[np.float32]:
         x, y = ((np.arange(n) + 0.5) / n * side - 0.5 for n, side in zip(wh, self._cells_wh, strict=True))
         grid_x, grid_y = np.meshgrid(x.astype(np.float32), y.astype(np.float32))
-        result = cv2.remap(self.per_mm2(), grid_x, grid_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        return np.asarray(result, np.float32)
+        return np.asarray(cv2.remap(cells, grid_x, grid_y, how, borderMode=cv2.BORDER_REPLICATE), np.float32)
 
 
 @contextmanager
@@ -94,7 +107,8 @@ def write_heatmap(path: Path, density: Density) -> None:
     top = _round_up(float(values.max()))
     page_h = max(height, 300)
     page = Image.new("RGB", (width + _BAR_PX, page_h + 60), "white")
-    page.paste(Image.fromarray(_coloured(values, top)), (0, 0))
+    shown = np.where(density.looked_at((width, height))[..., None], _coloured(values, top), np.uint8(_NOT_LOOKED_AT))
+    page.paste(Image.fromarray(shown), (0, 0))
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(18)
     x, length = width + 20, page_h - 80
     bar = np.repeat(np.linspace(top, 0, length, dtype=np.float32)[:, None], 24, axis=1)

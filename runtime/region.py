@@ -96,6 +96,21 @@ class Region:
         (height, width), (full_w, full_h) = self.mask.shape, self.size_wh
         return bool(self.mask[int(y * height / full_h), int(x * width / full_w)])
 
+    def shares(self, cell_px: float, rows: int, columns: int) -> NDArray[np.float32]:
+        """Of each square cell of a grid from the slide's corner the share that is wanted: (rows, columns)."""
+        (height, width), (full_w, full_h) = self.mask.shape, self.size_wh
+
+        def weights(count: int, length: int, low: int, high: int, cell: int) -> NDArray[np.float64]:
+            return _overlaps(count, length, *np.clip((cell * cell_px, (cell + 1) * cell_px), low, high))
+
+        across = np.array([weights(width, full_w, self.box.x0, self.box.x1, column) for column in range(columns)])
+        result = np.zeros((rows, columns), np.float32)
+        for row in range(rows):
+            down = weights(height, full_h, self.box.y0, self.box.y1, row)
+            some = np.flatnonzero(down)
+            result[row] = across @ (down[some] @ self.mask[some]) / cell_px**2
+        return result
+
     @property
     def area_px(self) -> float:
         """Its area in level-0 px."""

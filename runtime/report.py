@@ -16,7 +16,16 @@ import click
 from nsam.runtime.errors import OutputError
 from nsam.runtime.files import write_text
 from nsam.runtime.lock import Turns
-from nsam.runtime.results import FAILED_NAME, RUN_NAME, UNREADABLE, SlideResult, as_dict, read_failures, read_json
+from nsam.runtime.results import (
+    FAILED_NAME,
+    RUN_NAME,
+    UNREADABLE,
+    SlideResult,
+    as_dict,
+    differences,
+    read_failures,
+    read_json,
+)
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
 
 REPORT_NAME = "report.html"
@@ -149,8 +158,13 @@ def _article(index: int, s: SlideResult, run: dict[str, Any]) -> str:
         facts["Device"] = s.device
     if s.tiles_skipped:
         facts["Skipped"] = f"{s.tiles_skipped:,} of {s.tiles:,} tiles, outside the blue line"
-    if s.run_hash != run.get("run_hash"):
-        facts["Note"] = "made with other settings than those below"
+    now = as_dict(run.get("made_with"))
+    # A table's mpp and a mask are the slide's own.
+    others = differences(
+        *({n: v for n, v in parts.items() if n not in ("mpp", "mask")} for parts in (s.made_with, now))
+    )
+    if others:
+        facts["Note"] = f"made with other settings than those below: {', '.join(others)}"
     listed = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     files = (name for name in OUTPUTS.values() if (s.folder / name).is_file())
     links = " · ".join(f'<a href="{quote(s.folder.name)}/{name}">{name}</a>' for name in files)

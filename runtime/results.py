@@ -35,7 +35,7 @@ class SlideResult:
     tiles: int
     tiles_skipped: int
     device: str
-    run_hash: str
+    made_with: dict[str, Any]  # the settings
 
     @classmethod
     def read(cls, folder: Path) -> SlideResult:
@@ -64,7 +64,7 @@ class SlideResult:
                 tiles=int(done["tiles"]),
                 tiles_skipped=int(done["tiles_skipped"]),
                 device=str(done["device"]),
-                run_hash=str(done["run_hash"]),
+                made_with=as_dict(done.get("made_with")),
             )
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
@@ -91,6 +91,18 @@ def read_json(path: Path) -> dict[str, Any]:
         return as_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two sets of settings, for people: `mpp 0.25, now 0.3`; of all that is in `now` first."""
+    found = []
+    for name in dict.fromkeys((*now, *before)):
+        one, other = before.get(name), now.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differences(one, other)
+        elif one != other:
+            found.append(f"{name} {'unset' if one is None else one}, now {'unset' if other is None else other}")
+    return found
 
 
 def as_dict(value: object) -> dict[str, Any]:

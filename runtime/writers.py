@@ -58,7 +58,7 @@ def write_results(
     parts = {name: part_of(folder / OUTPUTS[name]) for name in outputs}
     labels = part_of(folder / OUTPUTS["labels"])
     size_wh, name = slide.size_wh, slide.path.name
-    areas, density, cut = array("d"), Density(size_wh, mpp), 0
+    areas, density, cut = array("d"), Density(size_wh, mpp, region), 0
 
     def feed(adds: Sequence[Add]) -> Iterator[Strip]:
         nonlocal cut

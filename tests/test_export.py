@@ -43,7 +43,7 @@ def test_a_crash_of_onnxsim_keeps_the_unsimplified_graph(
         "training images, also those of the proof, for there are few others"
         in (tmp_path / "m" / "parity.md").read_text()
     )
-    assert load(tmp_path / "m", device="cpu").card.name == "nsam"
+    assert load(tmp_path / "m", device="cpu").card.name == "lora", "the run's folder"
 
 
 def test_a_link_that_fails_leaves_no_model(lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

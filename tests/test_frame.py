@@ -71,7 +71,7 @@ def test_another_scale_for_the_network(tiny_model: Path, tmp_path: Path, draw_di
         assert found.exit_code == 0, found.stderr
         slides[scale] = json.loads((out / "a" / "slide.json").read_text())
         assert slides[scale]["nuclei"] == 2
-    assert slides[""]["run_hash"] == slides["0.25"]["run_hash"] != slides["0.5"]["run_hash"]
+    assert slides[""]["made_with"] == slides["0.25"]["made_with"] != slides["0.5"]["made_with"]
     assert 3 * slides["0.5"]["tiles"] < slides[""]["tiles"]
     assert load(tiny_model, "cpu", network_mpp=0.5).card.input.mpp == 0.5
     fine, coarse = (

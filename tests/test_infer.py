@@ -348,9 +348,26 @@ def test_no_mpp(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None
     result = infer(png)
     assert result.exit_code == 1
     assert result.stderr == (
-        f"failed: `{png}`: no mpp in its metadata; pass --mpp (µm per px; 0.25 for most 40x scans)\n"
+        f"failed: `{png}`: no mpp in its metadata; pass --mpp (µm per px; 0.25 for most 40x scans), which holds for "
+        "all slides, or a table with the column mpp\n"
     )
     assert failures(tmp_path / "out")[0]["stage"] == "mpp"
+
+
+def test_an_mpp_against_the_slide_s_own_is_told(
+    infer: Callable[..., Result], png: Path, discs: Callable[[float], NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    """`--mpp` for those that say none holds for those that do, too."""
+    says = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(tmp_path / "b.tif", discs(0.5), photometric="rgb", **says)
+    result = infer(png, tmp_path / "b.tif", "--mpp", 0.25)
+    against = "--mpp, against 0.5 by its resolution tags"
+    assert f"b.tif: 0.25 µm/px by {against}; a table gives each slide its own" in result.stdout
+    assert result.stdout.count(against) == 1
+    assert against in (tmp_path / "out" / "report.html").read_text()
+    assert f"0.25 µm/px ({against})" in infer(tmp_path / "b.tif", "--mpp", 0.25, "--dry-run").stdout
+    assert "against 0.5" not in infer(tmp_path / "b.tif", "--mpp", 0.51, "--overwrite").stdout
+    assert "1 µm/px is too coarse" in infer(png, "--mpp", 1, "--overwrite").stdout
 
 
 def test_mpp_option_overrules_metadata(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
@@ -486,13 +503,18 @@ def test_bands_of_two_precisions_do_not_mix(
     assert made
 
 
-def test_results_of_another_version_are_told_as_such(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
+def test_what_settings_differ_is_told(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
     assert infer(png, "--mpp", 0.25, "--outputs", "csv").exit_code == 0
     path = tmp_path / "out" / "a" / "slide.json"
-    done = {**json.loads(path.read_text()), "nsam": "0.0.1", "slide_hash": "1"}
-    path.write_text(json.dumps(done))
+    done = json.loads(path.read_text())
+    path.write_text(json.dumps({**done, "made_with": {**done["made_with"], "nsam": "0.0.1"}}))
     result = infer(png, "--mpp", 0.25, "--outputs", "csv")
-    assert "holds results of another version of nsam (0.0.1); pass --overwrite" in result.stderr
+    now = done["made_with"]["nsam"]
+    assert f"holds results of other settings (nsam 0.0.1, now {now}); pass --overwrite" in result.stderr
+    path.write_text(json.dumps({key: value for key, value in done.items() if key != "made_with"}))
+    assert "holds results of an earlier version of nsam; pass" in infer(png, "--mpp", 0.25).stderr
+    path.write_text(json.dumps(done))
+    assert "holds results of other settings (mpp 0.25, now 0.5); pass --overwrite" in infer(png, "--mpp", 0.5).stderr
 
 
 @pytest.mark.parametrize("name", ["report.html", "run.json", "failed.csv"])

@@ -101,6 +101,9 @@ def test_a_table_s_word_holds_however_it_is_written(tmp_path: Path) -> None:
         sources = {source.path.name: source for source in find_slides(inputs)}
         assert (sources["a.png"].mpp, sources["a.png"].mask) == (0.5, tmp_path / "m.png")
         assert sources["b.png"].mpp is None
+    table.write_text("path;mpp;mask\na.png;0,5;m.png\nb.png;.25;\n")  # of a spreadsheet whose decimal sign is the comma
+    a, b = find_slides([str(table)])
+    assert (a.mpp, a.mask, b.mpp, b.mask) == (0.5, tmp_path / "m.png", 0.25, None)
     for text, message in (
         ("path,mpp\n\n\na.png,0,5\n", "line 4: more fields than columns"),
         ("path,mpp\na.png,.5\na.png,.25\n", "in the table twice"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,3 +38,14 @@ def test_no_import_goes_upwards(layer: str) -> None:
             for forbidden in FORBIDDEN[layer]:
                 assert module != forbidden, f"{path} imports {module}"
                 assert not module.startswith(f"{forbidden}."), f"{path} imports {module}"
+
+
+@pytest.mark.parametrize(("command", "extra"), [("train", "train"), ("export", "export")])
+def test_what_is_not_installed_is_one_line(command: str, extra: str, tmp_path: Path) -> None:
+    """After the README's first command, which brings no torch."""
+    code = f"import sys; sys.modules['torch'] = None; from nsam.{command}.cli import main; main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), "--out", str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"Error: `torch` is not installed; pip install 'nsam[{extra}]'\n"

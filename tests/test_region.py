@@ -140,7 +140,7 @@ def test_masks_of_the_users(infer: Callable[..., Result], png: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (None, "the mask cannot be read (No such file"),
+        (None, "masks/a.png`: is missing, the mask of `"),
         (b"no image", "the mask cannot be read ("),
         (np.ones((50, 50), np.uint8), "a mask of 50 x 50 px does not fit a slide of 1000 x 500"),
     ],

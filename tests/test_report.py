@@ -66,7 +66,7 @@ def add_slide(out: Path, name: str, **changes: Any) -> None:
         "tiles_skipped": 0,
         "seconds": 50.0,
         "device": "cuda (ONNX Runtime)",
-        "run_hash": "abc",
+        "made_with": {"model": "nsam-he 0.2.0", "tta": 2, "mpp": 0.5},
         **changes,
     }
     (out / name).mkdir(parents=True)
@@ -86,11 +86,19 @@ def out(tmp_path: Path) -> Path:
         "model": {"name": "nsam-he", "version": "0.2.0"},
         "device": "cuda (ONNX Runtime)",
         "started": "2026-01-01T00:00:00+00:00",
-        "run_hash": "abc",
+        "made_with": {"model": "nsam-he 0.2.0", "tta": 2},
     }
     (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
     add_slide(tmp_path, "s1")
-    add_slide(tmp_path, "s2", nuclei=50_000, tiles=400, tiles_skipped=120, device="cpu fp32", run_hash="other")
+    add_slide(
+        tmp_path,
+        "s2",
+        nuclei=50_000,
+        tiles=400,
+        tiles_skipped=120,
+        device="cpu fp32",
+        made_with={"model": "nsam-he 0.1.0", "tta": 1},
+    )
     return tmp_path
 
 

@@ -167,6 +167,7 @@ def test_what_cannot_be_exported_is_one_line(lora_run: Path, model_dir: Path, sm
     (tmp_path / "damaged" / "parity.json").write_text("{")
     assert "parity.json`: broken" in fails("--check", str(tmp_path / "damaged"))
     assert "missing; name a fold" in fails(str(tmp_path), "--out", str(tmp_path / "m"))
+    assert "a whole run; name a fold of it" in fails(str(lora_run), "--out", str(tmp_path / "m"))
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
     assert "no images in it" in fails(fold, "--out", str(tmp_path / "m"), "--data", str(tmp_path))

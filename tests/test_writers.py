@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -25,8 +26,11 @@ from nsam.runtime.errors import OutputError
 from nsam.runtime.files import write_text
 from nsam.runtime.measure import measure
 from nsam.runtime.outlines import simplified_rings
+from nsam.runtime.pictures import Density, write_heatmap
+from nsam.runtime.region import Region
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
 from nsam.runtime.slides import ArraySlide
+from nsam.runtime.tiles import Box
 from nsam.runtime.writers import write_results
 
 MPP = 0.5
@@ -300,3 +304,26 @@ def test_text_is_written_whole_or_not(tmp_path: Path) -> None:
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == "µ"
     with pytest.raises(OutputError, match="missing"):
         write_text(tmp_path / "missing" / "a.json", "")
+
+
+@pytest.mark.parametrize("by", ["rectangle", "mask"])
+def test_density_is_of_what_was_looked_at(tmp_path: Path, by: str) -> None:
+    """10,000 nuclei a mm² everywhere, though only a part that cuts through cells of 50 µm is wanted."""
+    y, x = np.mgrid[10:2000:20, 10:4000:20].reshape(2, -1)
+    box, mask = Box(0, 0, 4000, 2000), np.zeros((200, 400), bool)
+    mask[33:147, 51:298] = True
+    if by == "rectangle":
+        box, mask = Box(510, 330, 2980, 1470), np.ones((1, 1), bool)
+    region = Region(mask, box, (4000, 2000))
+    density = Density((4000, 2000), 0.5, region)
+    for column, row in zip(x, y, strict=True):
+        if region.holds(column, row):
+            density.add(SimpleNamespace(centroid_xy=(column, row)))  # type: ignore[arg-type]
+    found = density.per_mm2()
+    wanted = region.shares(100, 20, 40)
+    assert wanted.sum() * 100**2 == pytest.approx(region.area_px)
+    np.testing.assert_allclose(found[wanted > 0], 10_000, rtol=0.15)
+    write_heatmap(tmp_path / "a.png", density)
+    picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+    assert (picture[10, 10] == 235).all()
+    assert (picture[300, 600] != 235).any()

@@ -131,6 +131,8 @@ def load_fold(fold_dir: Path) -> tuple[NucleusNet, Settings]:
         ModelError: not a fold's folder, unfinished, or its base is another than it was trained on.
     """
     config, best = fold_dir.parent / "config.json", fold_dir / "best.safetensors"
+    if (fold_dir / config.name).is_file():
+        raise ModelError(f"`{fold_dir}`: a whole run; name a fold of it, such as {fold_dir / 'fold0'}, or .../final")
     for path in (config, best):
         if not path.is_file():
             raise ModelError(f"`{path}`: missing; name a fold of a run made by nsam-train, such as RUN/fold0")

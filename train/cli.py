@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from nsam.runtime.errors import NsamError
-from nsam.runtime.options import SCALE, Command
+from nsam.runtime.options import SCALE, Command, brought_by
 
 log = logging.getLogger("nsam")
 
@@ -101,16 +101,17 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     from collections import Counter
     from dataclasses import fields, replace
 
-    import torch
+    with brought_by("train"):
+        import torch
 
-    from nsam.train.checkpoint import build_model, read_settings
-    from nsam.train.crossval import cross_validate, repeat_tests
-    from nsam.train.data import check_distinct, find_extra, find_samples
-    from nsam.train.folds import FOLDS
-    from nsam.train.lineage import of_fold
-    from nsam.train.model import parameter_table
-    from nsam.train.parallel import join
-    from nsam.train.settings import NAMED_BASES, RECIPES, Settings
+        from nsam.train.checkpoint import build_model, read_settings
+        from nsam.train.crossval import cross_validate, repeat_tests
+        from nsam.train.data import check_distinct, find_extra, find_samples
+        from nsam.train.folds import FOLDS
+        from nsam.train.lineage import of_fold
+        from nsam.train.model import parameter_table
+        from nsam.train.parallel import join
+        from nsam.train.settings import NAMED_BASES, RECIPES, Settings
 
     known = {field.name for field in fields(Settings)}
     chosen = {name: value for name, value in options.items() if name in known and value is not None}
