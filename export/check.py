@@ -28,7 +28,7 @@ BATCH_TOLERANCE = 1e-2
 
 
 def write_reference(path: Path, tile: NDArray[np.uint8], maps: NDArray[np.float32]) -> None:
-    """Keep one real tile (1, S, S, 3) and its maps (1, C, h, w) by torch, for machines without torch or data."""
+    """Keep one real tile (1, S, S, 3) and its maps (1, C, h, w) by torch, for machines without data."""
     np.savez_compressed(path, tile=tile, maps=maps.astype(np.float16))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,10 @@ def main(fold_dir: Path | None, out: Path | None, check: Path | None, verbose: b
         check_model(check, click.echo)
     else:
         with brought_by("export"):
-            from nsam.export.build import build
+            from nsam.export.build import PACKAGES, build
 
+            for package in PACKAGES:
+                version(package)
         click.echo(f"made {build(Settings(fold_dir=fold_dir, out=out, **options), click.echo)}")
 
 

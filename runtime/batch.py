@@ -207,7 +207,7 @@ def _check_writable(out: Path) -> None:
 def _check_ours(out: Path) -> None:
     """Files of these names may be somebody else's."""
     there = [out / name for name in (RUN_NAME, FAILED_NAME, REPORT_NAME) if (out / name).exists()]
-    if there and "made_with" not in read_json(out / RUN_NAME):
+    if there and not {"nsam", "settings"} <= read_json(out / RUN_NAME).keys():
         raise OutputError(f"`{there[0]}`: is of no run of nsam; pass --overwrite to replace it, or another --out")
 
 

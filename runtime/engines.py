@@ -129,14 +129,14 @@ def load(
 
 def _engine(model_dir: Path, card: ModelCard, device: str, threads: int, wanted: Precision) -> Engine:
     known = PRECISIONS[device]
+    there = ", ".join(name for name in known if FILES[name] in card.files)
     if wanted != "auto" and wanted not in known:
-        raise DeviceError(f"`{device}` does not run {wanted}; --precision may be {', '.join(known)}")
+        raise DeviceError(f"`{device}` does not run {wanted}; --precision may be {there}")
+    if wanted != "auto" and FILES[wanted] not in card.files:
+        raise DeviceError(f"`{model_dir}`: has no {wanted}; on {device} --precision may be {there}")
     make = _maker(device)
     # fp32 is always there: the chain begins with it.
     proven = [name for name in known if name in card.proven and FILES[name] in card.files] or ["fp32"]
-    if wanted != "auto" and FILES[wanted] not in card.files:
-        there = [name for name in known if FILES[name] in card.files]
-        raise ModelError(f"`{model_dir}`: has no {wanted}; --precision may be {', '.join(there)}")
     for precision in proven if wanted == "auto" else [wanted]:
         path = card.verify_file(model_dir, FILES[precision])
         try:

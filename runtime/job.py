@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 #: Of the user's and the slide's own mpp: more is worth a word, for sizes and densities hang on it.
 _MPP_DIFFERS, _AGAINST = 0.05, ", against "
-#: Times the network's own mpp.
+#: Times the mpp at which the network was trained.
 _COARSE = 2
 
 
@@ -70,7 +70,13 @@ class Job:
             return Outcome(source, failure=(failure.stage, failure.reason))
         if done is None:
             return Outcome(source)
-        return Outcome(source, done["nuclei"], done["region_mm2"], time.monotonic() - start, _remarks(done))
+        return Outcome(
+            source,
+            done["nuclei"],
+            done["region_mm2"],
+            time.monotonic() - start,
+            (*_remarks(done), *self.too_coarse(done["mpp"])),
+        )
 
     def segment(self, source: Source, folder: Path, on_progress: Progress) -> dict[str, Any] | None:
         """Segment a slide and write its results; what `slide.json` says, or None when that was done before.
@@ -86,10 +92,10 @@ class Job:
             if self._earlier(wanted, folder)[1]:  # another run may have ended by now
                 return None
             engine = self.engine()
-            # What is added to earlier results must be of their precision.
+            # What is added to earlier results must be of their precision, and so must bands.
             wanted = {**wanted, "precision": engine.precision}
             same, _ = self._earlier(wanted, folder)
-            store = _store(folder, wanted, engine, frame.mpp)
+            store = BandStore(folder, to_json({**wanted, "mpp": frame.mpp}))
             strips = segment_slide(
                 slide,
                 engine,
@@ -117,6 +123,13 @@ class Job:
             store.clear()
         return done
 
+    def too_coarse(self, mpp: float) -> tuple[str, ...]:
+        """A remark where a slide cannot show the network what it was trained on."""
+        trained = engines.read_card(self.settings.model).input.mpp
+        if mpp <= _COARSE * trained:
+            return ()
+        return (f"{mpp:g} µm/px is too coarse for a network that was trained at {trained:g}: nuclei will be missed",)
+
     def is_done(self, source: Source, folder: Path) -> bool:
         """Whether all that is asked for of a slide is there.
 
@@ -134,7 +147,9 @@ class Job:
         wanted = self._about(source)
         with self.opened(source) as (slide, frame, _), at("infer"):
             engine = self.engine()
-            store = _store(folder, wanted, engine, frame.mpp)
+            wanted = {**wanted, "precision": engine.precision}
+            self._earlier(wanted, folder)  # here, not after hours
+            store = BandStore(folder, to_json({**wanted, "mpp": frame.mpp}))
             first = next((band for band in range(first, last) if not store.has(band)), last)
             if first < last:
                 made = make_bands(slide, engine, frame, first, last, batch=self.settings.batch, workers=self._workers())
@@ -175,11 +190,6 @@ class Job:
 @lru_cache(maxsize=1)
 def _engine(card: str, *arguments: Any) -> engines.Engine:
     return engines.load(*arguments)
-
-
-def _store(folder: Path, wanted: dict[str, Any], engine: engines.Engine, mpp: float) -> BandStore:
-    # By the precision at hand: bands of two must not mix, though the results of any will do.
-    return BandStore(folder, to_json({**wanted, "precision": engine.precision, "mpp": mpp}))
 
 
 def _facts(slide: Slide, frame: Frame, mpp_source: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -231,9 +241,8 @@ def _remarks(done: dict[str, Any]) -> tuple[str, ...]:
     if done["mpp_source"].startswith("assumed"):
         remarks.append(f"{done['mpp']:g} µm/px is {done['mpp_source']}; pass --mpp if that is wrong")
     elif _AGAINST in done["mpp_source"]:
-        remarks.append(f"{done['mpp']:g} µm/px by {done['mpp_source']}; a table gives each slide its own")
-    if done["mpp"] > _COARSE * done["made_with"]["network_mpp"]:
-        remarks.append(f"{done['mpp']:g} µm/px is too coarse to show the network what it was trained on")
+        table = "; a table gives each slide its own" if done["mpp_source"].startswith("--mpp") else ""
+        remarks.append(f"{done['mpp']:g} µm/px by {done['mpp_source']}{table}")
     if done["cut_by_halo"]:
         remarks.append(f"{done['cut_by_halo']} nuclei are larger than what a block reads, and may be cut")
     return tuple(remarks)

@@ -57,14 +57,16 @@ class Turns:
         """
         with ExitStack() as stack:
             deadline = time.monotonic() + self._patience
-            while self._patience:
+            while True:
                 try:
                     stack.enter_context(_held(self._path))
                     break
                 except BusyError:
                     if time.monotonic() > deadline:
-                        _log.warning("`%s`: another run holds it, and seems to be stopped; going on", self._path)
-                        self._patience = 0
+                        if self._patience:
+                            _log.warning("`%s`: another run holds it, and seems to be stopped; going on", self._path)
+                        self._patience = 0  # from now on one look
+                        break
                     time.sleep(0.02)
             yield
 

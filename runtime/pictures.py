@@ -56,7 +56,8 @@ class Density:
     def per_mm2(self) -> NDArray[np.float32]:
         """Nuclei per mm² of each cell, smoothed by a Gaussian of one cell: (rows, columns) float32.
 
-        Only what was looked at is weighed; where that is little, a single nucleus makes no peak.
+        Only what was looked at is weighed; where that is little, a single nucleus makes no peak. Cells of which nothing
+        was looked at have what their neighbours make likely.
         """
         found, seen = (
             cv2.GaussianBlur(part, (0, 0), 1, borderType=cv2.BORDER_CONSTANT) for part in (self._counts, self._wanted)
@@ -64,9 +65,14 @@ class Density:
         least = max(_LEAST_SEEN * float(seen.max()), 1e-6)
         return np.asarray(found / np.maximum(seen, least) / (_CELL_UM / 1000) ** 2, np.float32)
 
+    @property
+    def peak(self) -> float:
+        """The highest of `per_mm2` where anything was looked at."""
+        return float(self.per_mm2()[self._wanted > 0].max(initial=0))
+
     def picture(self, wh: tuple[int, int]) -> NDArray[np.float32]:
-        """`per_mm2` at each px of a picture of the slide, (width, height) `wh`: (h, w) float32."""
-        return self._spread(self.per_mm2(), wh, cv2.INTER_LINEAR)
+        """`per_mm2` at each px of a picture of the slide, (width, height) `wh`: (h, w) float32; 0 beside the region."""
+        return self._spread(self.per_mm2(), wh, cv2.INTER_LINEAR) * self.looked_at(wh)
 
     def looked_at(self, wh: tuple[int, int]) -> NDArray[np.bool_]:
         """Whether anything of the cell at each px of such a picture was looked at: (h, w)."""
@@ -137,7 +143,7 @@ def write_thumbnail(path: Path, overview: NDArray[np.uint8], density: Density, r
     if region:
         image = Image.fromarray(_outlined(np.array(image), region))
     values = density.picture(image.size)
-    top = float(density.per_mm2().max())
+    top = density.peak
     weight = np.minimum(values / max(top, 1e-6) * 4, 0.75)[..., None]  # where nothing is, the slide shows
     grey = np.asarray(plain)
     mixed = np.rint(grey * (1 - weight) + _coloured(values, top) * weight).astype(np.uint8)

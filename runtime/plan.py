@@ -58,6 +58,8 @@ def dry_run(settings: Settings) -> int:
             f"{source.path}: {width} x {height} px, {frame.mpp:.4g} µm/px ({mpp_source}), level {level}, "
             f"{wanted} of {total} tiles of {frame.tile_px} px, about {_duration(needed)} and {size / 1e6:.0f} MB"
         )
+        for remark in job.too_coarse(frame.mpp):
+            click.echo(f"{source.path}: {remark}")
     click.echo(
         f"{len(sources) - failed} slides, {failed} would fail; {tiles} tiles, "
         f"about {_duration(seconds)} and {disk / 1e6:.0f} MB"

@@ -159,11 +159,11 @@ def _article(index: int, s: SlideResult, run: dict[str, Any]) -> str:
     if s.tiles_skipped:
         facts["Skipped"] = f"{s.tiles_skipped:,} of {s.tiles:,} tiles, outside the blue line"
     now = as_dict(run.get("made_with"))
-    # A table's mpp and a mask are the slide's own.
-    others = differences(
-        *({n: v for n, v in parts.items() if n not in ("mpp", "mask")} for parts in (s.made_with, now))
-    )
-    if others:
+    own = {"mask", "mpp"} if s.mpp_source.startswith("the table") else {"mask"}  # of this slide alone
+    others = differences(*({n: v for n, v in parts.items() if n not in own} for parts in (s.made_with, now)))
+    if not s.made_with:
+        facts["Note"] = "made by an earlier version of nsam"
+    elif others:
         facts["Note"] = f"made with other settings than those below: {', '.join(others)}"
     listed = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     files = (name for name in OUTPUTS.values() if (s.folder / name).is_file())

@@ -45,7 +45,7 @@ def write_results(
         mpp: µm per level-0 px.
         folder: made if need be.
         outputs: keys of `settings.OUTPUTS`; a thumbnail comes with them.
-        region: where nuclei were wanted, for the thumbnail; None: everywhere.
+        region: where nuclei were wanted, for density and thumbnail; None: everywhere.
 
     Returns:
         `nuclei`, their number; `peak_per_mm2`, the highest density on a grid of 50 µm; `area_um2`: median (None
@@ -111,7 +111,7 @@ def _summary(areas: NDArray[np.float64], density: Density) -> dict[str, Any]:
     bins = np.minimum(areas // _BIN_UM2, _BINS - 1).astype(int)
     return {
         "nuclei": areas.size,
-        "peak_per_mm2": float(density.per_mm2().max()),
+        "peak_per_mm2": density.peak,
         "area_um2": {
             "median": float(np.median(areas)) if areas.size else None,
             "bin": _BIN_UM2,

@@ -84,6 +84,7 @@ def test_labels_that_would_teach_nonsense_are_named(tmp_path: Path) -> None:
         (classes, "50 pieces have the value 1"),
         (few, "3 pieces have the value 255"),
         (blobs + 1, "most of it is not 0"),
+        (np.where(np.pad(np.ones((32, 32), bool), 4), 0, 255), "most of it is not 0"),  # nuclei that touch fill .64
         (255 - blobs, "most of it is not 0.*is it inverted"),
         (blobs - 1, "-1"),
         (blobs << 24, "labels must"),

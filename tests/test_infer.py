@@ -29,8 +29,9 @@ from nsam.runtime.cli import main
 from nsam.runtime.engines import load
 from nsam.runtime.errors import InputError
 from nsam.runtime.inputs import Source
+from nsam.runtime.outcome import Failed
 from nsam.runtime.pipeline import segment_slide
-from nsam.runtime.settings import OUTPUTS, THUMBNAIL_NAME
+from nsam.runtime.settings import OUTPUTS, THUMBNAIL_NAME, Settings
 from nsam.runtime.slides import ArraySlide
 from nsam.runtime.writers import write_results
 
@@ -367,7 +368,9 @@ def test_an_mpp_against_the_slide_s_own_is_told(
     assert against in (tmp_path / "out" / "report.html").read_text()
     assert f"0.25 µm/px ({against})" in infer(tmp_path / "b.tif", "--mpp", 0.25, "--dry-run").stdout
     assert "against 0.5" not in infer(tmp_path / "b.tif", "--mpp", 0.51, "--overwrite").stdout
-    assert "1 µm/px is too coarse" in infer(png, "--mpp", 1, "--overwrite").stdout
+    for option in ("--overwrite", "--dry-run"):  # the network is of .25, wherever it is shown the slide at
+        assert "1 µm/px is too coarse" in infer(png, "--mpp", 1, "--network-mpp", 0.5, option).stdout
+        assert "too coarse" not in infer(png, "--mpp", 0.4, "--network-mpp", 0.13, option).stdout
 
 
 def test_mpp_option_overrules_metadata(infer: Callable[..., Result], png: Path, tmp_path: Path) -> None:
@@ -467,6 +470,11 @@ def test_results_of_any_proven_precision_will_do_but_are_not_mixed(
     result = infer(*options, "csv,labels")
     assert "holds results of --precision int8; pass --overwrite" in result.stderr
     assert (path.parent / "nuclei.csv").exists()
+    settings = Settings(
+        (str(png),), tmp_path / "out", tiny_model, mpp=0.25, device="cpu", threads=1, outputs=("labels",)
+    )
+    with pytest.raises(Failed, match="holds results of --precision int8"):  # a worker of a cluster, before the work
+        job.Job.of(settings).make_bands(Source(png), path.parent, 0, 1)
     assert "9 nuclei" in infer(*options, "labels", "--overwrite").stdout
     assert not (path.parent / "nuclei.csv").exists(), "it is of another precision"
     assert json.loads(path.read_text())["precision"] == "fp32"
@@ -512,6 +520,7 @@ def test_what_settings_differ_is_told(infer: Callable[..., Result], png: Path, t
     now = done["made_with"]["nsam"]
     assert f"holds results of other settings (nsam 0.0.1, now {now}); pass --overwrite" in result.stderr
     path.write_text(json.dumps({key: value for key, value in done.items() if key != "made_with"}))
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"nsam": "0.1.0", "settings": {}, "run_hash": "1"}))
     assert "holds results of an earlier version of nsam; pass" in infer(png, "--mpp", 0.25).stderr
     path.write_text(json.dumps(done))
     assert "holds results of other settings (mpp 0.25, now 0.5); pass --overwrite" in infer(png, "--mpp", 0.5).stderr

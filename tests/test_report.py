@@ -66,7 +66,7 @@ def add_slide(out: Path, name: str, **changes: Any) -> None:
         "tiles_skipped": 0,
         "seconds": 50.0,
         "device": "cuda (ONNX Runtime)",
-        "made_with": {"model": "nsam-he 0.2.0", "tta": 2, "mpp": 0.5},
+        "made_with": {"model": "nsam-he 0.2.0", "tta": 2, "mask": "0123"},
         **changes,
     }
     (out / name).mkdir(parents=True)
@@ -117,6 +117,8 @@ def test_slides_and_totals(out: Path) -> None:
         "… (30 in all)",
     ):
         assert words in page.text
+    note = "made with other settings than those below: model nsam-he 0.1.0, now nsam-he 0.2.0, tta 1, now 2"
+    assert note in page.text
     assert page.text.count("made with other settings") == 1
     assert "Failed" not in page.text
     assert [image["src"] for image in page.all("img")] == ["data:image/jpeg;base64,/9hqcGVn"] * 2

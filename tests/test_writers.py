@@ -323,6 +323,7 @@ def test_density_is_of_what_was_looked_at(tmp_path: Path, by: str) -> None:
     wanted = region.shares(100, 20, 40)
     assert wanted.sum() * 100**2 == pytest.approx(region.area_px)
     np.testing.assert_allclose(found[wanted > 0], 10_000, rtol=0.15)
+    assert density.peak == found[wanted > 0].max() < found.max(), "the highest lies where nobody looked"
     write_heatmap(tmp_path / "a.png", density)
     picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
     assert (picture[10, 10] == 235).all()

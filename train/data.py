@@ -29,8 +29,9 @@ DEFAULT_MPP = 0.25
 #: Pieces of one value, from which on it is a mask's or a class's and not a nucleus's: 5 at most in NuInsSeg, TNBC and
 #: DSB 2018, and none in their images of a single value.
 _MASK_PIECES, _LONE_PIECES = 10, 3
-#: Share of the image, from which on a value is the background's: the largest nucleus there has .08.
-_BACKGROUND_SHARE = 0.5
+#: Share of the image, from which on a value is the background's, and the same of one that meets all sides: the largest
+#: nucleus there has .08.
+_BACKGROUND_SHARE, _AROUND_SHARE = 0.5, 0.2
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,7 @@ def read_labels(path: Path) -> NDArray[np.int32]:
     if array.size and not 0 <= int(array.min()) <= int(array.max()) <= np.iinfo(np.int32).max:
         raise InputError(f"`{path}`: labels must be 0 to 2,147,483,647, are {array.min()} to {array.max()}")
     labels = array.astype(np.int32)
-    sizes = np.unique(labels[labels > 0], return_counts=True)[1]
-    if labels.size and (labels.min() > 0 or sizes.max(initial=0) >= _BACKGROUND_SHARE * labels.size):
+    if labels.size and (labels.min() > 0 or _is_background(labels)):
         raise InputError(f"`{path}`: most of it is not 0, which is the background's value; is it inverted?")
     pieces: NDArray[np.int64] = label(labels, connectivity=2)  # type: ignore[no-untyped-call]
     _, first = np.unique(pieces, return_index=True)
@@ -200,6 +200,16 @@ def read_labels(path: Path) -> NDArray[np.int32]:
             "nucleus its own"
         )
     return labels
+
+
+def _is_background(labels: NDArray[np.int32]) -> bool:
+    """Whether the largest nucleus must be what is around nuclei: by its share, or because it meets all four sides."""
+    values, sizes = np.unique(labels[labels > 0], return_counts=True)
+    if not values.size:
+        return False
+    largest = values[sizes.argmax()]
+    all_sides = all((side == largest).any() for side in (labels[0], labels[-1], labels[:, 0], labels[:, -1]))
+    return bool(sizes.max() >= (_AROUND_SHARE if all_sides else _BACKGROUND_SHARE) * labels.size)
 
 
 def digest(image: Path) -> str:
