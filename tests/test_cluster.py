@@ -12,7 +12,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -304,7 +303,7 @@ def test_results_that_may_not_be_replaced_are_refused_before_regions_are_made(
         (folder / "nuclei.csv").write_text("mine")
     else:
         slide = str((drawn.table.parent / "large.tif").resolve())
-        (folder / "slide.json").write_text(json.dumps({"path": slide, "nsam": version("nsam")}))
+        (folder / "slide.json").write_text(json.dumps({"path": slide, "made_with": {"mpp": 0.1}}))
     result = infer(table, drawn.model, tmp_path / "out", "--cluster", "local:2")
     assert result.exit_code == 1
     assert ("is of no run of nsam" if there == "another's file" else "holds results of other settings") in result.stderr

@@ -65,6 +65,15 @@ def test_a_caller_that_stops_ends_the_thread() -> None:
     assert threading.active_count() == before
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell's background jobs ignore Ctrl-C and hand that down: tests may be one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_the_thread_ends_is_kept_until_it_has() -> None:
     """What it reads is closed next."""
     ended, stopped = threading.Event(), threading.Event()
@@ -85,7 +94,7 @@ def test_ctrl_c_while_the_thread_ends_is_kept_until_it_has() -> None:
 
     items = prefetch(source(), 1)
     next(items)
-    thread = threading.Thread(target=interrupt)
+    thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
         items.close()
@@ -93,10 +102,11 @@ def test_ctrl_c_while_the_thread_ends_is_kept_until_it_has() -> None:
     thread.join()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_waits_for_native_code() -> None:
     """Though the system gives it to another thread."""
     other = threading.Event()
-    thread = threading.Thread(target=other.wait)
+    thread = threading.Thread(target=other.wait, daemon=True)
     thread.start()
     done = False
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012, SIM117
