@@ -15,7 +15,7 @@ from typing import Protocol
 import click
 
 from nsam.runtime.card import ModelCard
-from nsam.runtime.done import made_with
+from nsam.runtime.done import hash_of, made_with
 from nsam.runtime.errors import OutputError
 from nsam.runtime.files import output_errors, printable, to_json, write_csv, write_text
 from nsam.runtime.inputs import Source, find_slides, folder_names
@@ -182,6 +182,7 @@ def _place(settings: Settings) -> Iterator[Place]:
 
 def describe(settings: Settings, card: ModelCard, device: str) -> str:
     """`run.json`."""
+    parts = made_with(card, settings)
     return to_json(
         {
             "settings": dataclasses.asdict(settings),
@@ -190,7 +191,8 @@ def describe(settings: Settings, card: ModelCard, device: str) -> str:
             "nsam": version("nsam"),
             "libraries": {name: version(name) for name in _LIBRARIES},
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "made_with": made_with(card, settings),
+            "run_hash": hash_of(parts),
+            "made_with": parts,
         }
     )
 

@@ -35,6 +35,11 @@ def made_with(card: ModelCard, settings: Settings) -> dict[str, Any]:
     return as_dict(json.loads(to_json(parts)))
 
 
+def hash_of(parts: dict[str, Any]) -> str:
+    """64 bits of the SHA-256 of what `made_with` gives, as hex."""
+    return hashlib.sha256(to_json(parts).encode()).hexdigest()[:16]
+
+
 def about(source: Source, card: ModelCard, settings: Settings) -> dict[str, Any]:
     """What decides over a slide's results, as it stands in `slide.json`: its file, all settings, and the network's
     precision. Devices count as equal.
@@ -60,6 +65,7 @@ def about(source: Source, card: ModelCard, settings: Settings) -> dict[str, Any]
         "path": source.real_path,
         "bytes": source.size,  # another slide may come to lie at the same path
         "modified_ns": source.modified_ns,
+        "run_hash": hash_of(parts),
         "made_with": parts,
         "precision": settings.precision,
     }
@@ -91,7 +97,7 @@ def earlier(folder: Path, wanted: dict[str, Any], settings: Settings, card: Mode
     if before and other and not settings.overwrite:
         if "path" in other:
             what = f"of another slide ({before.get('path')})"
-        elif "made_with" in other:
+        elif "run_hash" in other:
             known = as_dict(before.get("made_with"))
             found = ", ".join(differences(known, wanted["made_with"]))
             what = f"of other settings ({found})" if known else "of an earlier version of nsam"

@@ -515,11 +515,12 @@ def test_what_settings_differ_is_told(infer: Callable[..., Result], png: Path, t
     assert infer(png, "--mpp", 0.25, "--outputs", "csv").exit_code == 0
     path = tmp_path / "out" / "a" / "slide.json"
     done = json.loads(path.read_text())
-    path.write_text(json.dumps({**done, "made_with": {**done["made_with"], "nsam": "0.0.1"}}))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["run_hash"] == done["run_hash"]
+    path.write_text(json.dumps({**done, "run_hash": "1", "made_with": {**done["made_with"], "nsam": "0.0.1"}}))
     result = infer(png, "--mpp", 0.25, "--outputs", "csv")
     now = done["made_with"]["nsam"]
     assert f"holds results of other settings (nsam 0.0.1, now {now}); pass --overwrite" in result.stderr
-    path.write_text(json.dumps({key: value for key, value in done.items() if key != "made_with"}))
+    path.write_text(json.dumps({**{key: value for key, value in done.items() if key != "made_with"}, "run_hash": "1"}))
     (tmp_path / "out" / "run.json").write_text(json.dumps({"nsam": "0.1.0", "settings": {}, "run_hash": "1"}))
     assert "holds results of an earlier version of nsam; pass" in infer(png, "--mpp", 0.25).stderr
     path.write_text(json.dumps(done))
