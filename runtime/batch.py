@@ -14,8 +14,7 @@ from typing import Protocol
 
 import click
 
-from nsam.runtime.card import ModelCard
-from nsam.runtime.done import hash_of, made_with
+from nsam.runtime.done import hash_of
 from nsam.runtime.errors import OutputError
 from nsam.runtime.files import output_errors, printable, to_json, write_csv, write_text
 from nsam.runtime.inputs import Source, find_slides, folder_names
@@ -51,7 +50,7 @@ def run(settings: Settings) -> int:
     with _place(settings) as place, progress(len(sources)) as bar:
         device = place.begin(job)
         bar.say(f"device: {device}")
-        write_text(settings.out / RUN_NAME, describe(settings, job.card, device))
+        write_text(settings.out / RUN_NAME, describe(job, device))
         with report_at_end(settings.out):
             tally = _segment(sources, place, job, bar)
     seconds = time.monotonic() - begin
@@ -180,19 +179,19 @@ def _place(settings: Settings) -> Iterator[Place]:
         yield cluster
 
 
-def describe(settings: Settings, card: ModelCard, device: str) -> str:
+def describe(job: Job, device: str) -> str:
     """`run.json`."""
-    parts = made_with(card, settings)
+    card = job.card
     return to_json(
         {
-            "settings": dataclasses.asdict(settings),
+            "settings": dataclasses.asdict(job.settings),
             "model": {"name": card.name, "version": card.version, "sha256": card.files["model.onnx"].sha256},
             "device": device,
             "nsam": version("nsam"),
             "libraries": {name: version(name) for name in _LIBRARIES},
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "run_hash": hash_of(parts),
-            "made_with": parts,
+            "run_hash": hash_of(job.made_with),
+            "made_with": job.made_with,
         }
     )
 

@@ -15,7 +15,7 @@ from nsam.runtime.errors import InputError, OutputError
 from nsam.runtime.files import to_json
 from nsam.runtime.inputs import Source
 from nsam.runtime.results import as_dict, differences, read_json
-from nsam.runtime.settings import BANDS_NAME, DONE_NAME, OUTPUTS, RESULT_NAMES, Settings
+from nsam.runtime.settings import BANDS_NAME, DONE_NAME, OUTPUTS, RESULT_NAMES, Precision, Settings
 
 
 def made_with(card: ModelCard, settings: Settings) -> dict[str, Any]:
@@ -40,16 +40,21 @@ def hash_of(parts: dict[str, Any]) -> str:
     return hashlib.sha256(to_json(parts).encode()).hexdigest()[:16]
 
 
-def about(source: Source, card: ModelCard, settings: Settings) -> dict[str, Any]:
+def about(source: Source, made_with: dict[str, Any], precision: Precision) -> dict[str, Any]:
     """What decides over a slide's results, as it stands in `slide.json`: its file, all settings, and the network's
     precision. Devices count as equal.
 
     To be called before the file is read: one that is written anew meanwhile is then seen to have changed.
 
+    Args:
+        source: the slide, and what the user says about it alone.
+        made_with: the run's settings; see there.
+        precision: what was asked for.
+
     Raises:
         InputError: its mask cannot be read.
     """
-    parts = made_with(card, settings)
+    parts = dict(made_with)
     if source.mpp is not None:
         parts["mpp"] = source.mpp
     if source.mask:
@@ -67,7 +72,7 @@ def about(source: Source, card: ModelCard, settings: Settings) -> dict[str, Any]
         "modified_ns": source.modified_ns,
         "run_hash": hash_of(parts),
         "made_with": parts,
-        "precision": settings.precision,
+        "precision": precision,
     }
 
 

@@ -72,17 +72,16 @@ class Engine(Protocol):
             yield self.run(images)
 
 
-def read_card(model_dir: Path | None = None, network_mpp: float | None = None) -> ModelCard:
+def read_card(model_dir: Path | None = None) -> ModelCard:
     """The card of a model directory, or of the model that comes with nsam.
 
     Args:
         model_dir: see `load`.
-        network_mpp: a scale to show tissue at in place of the card's own, µm/px.
 
     Raises:
-        ModelError: it is missing or broken, or the scale is beyond half or twice its own.
+        ModelError: it is missing or broken.
     """
-    return ModelCard.read(model_dir or DEFAULT_MODEL).shown_at(network_mpp)
+    return ModelCard.read(model_dir or DEFAULT_MODEL)
 
 
 def load(
@@ -102,10 +101,11 @@ def load(
         threads: CPU threads; None: as many as `available_cores`.
         tta: views of each tile whose maps are averaged; see `tta.Averaged`.
         precision: `auto` takes the fastest that the device runs and the folder holds.
-        network_mpp: see `read_card`.
+        network_mpp: see `ModelCard.shown_at`.
 
     Raises:
-        ModelError: card, file and graph do not fit together, the message names the field; or see `read_card`.
+        ModelError: card, file and graph do not fit together, the message names the field; or see `read_card` and
+            `ModelCard.shown_at`.
         DeviceError: a library is missing, or the device cannot be had.
     """
     model_dir = model_dir or DEFAULT_MODEL
@@ -129,14 +129,14 @@ def load(
 
 def _engine(model_dir: Path, card: ModelCard, device: str, threads: int, wanted: Precision) -> Engine:
     known = PRECISIONS[device]
-    there = ", ".join(name for name in known if FILES[name] in card.files)
+    there = [name for name in known if FILES[name] in card.files]
     if wanted != "auto" and wanted not in known:
-        raise DeviceError(f"`{device}` does not run {wanted}; --precision may be {there}")
-    if wanted != "auto" and FILES[wanted] not in card.files:
-        raise DeviceError(f"`{model_dir}`: has no {wanted}; on {device} --precision may be {there}")
+        raise DeviceError(f"`{device}` does not run {wanted}; --precision may be {', '.join(there)}")
+    if wanted != "auto" and wanted not in there:
+        raise DeviceError(f"`{model_dir}`: has no {wanted}; on {device} --precision may be {', '.join(there)}")
     make = _maker(device)
     # fp32 is always there: the chain begins with it.
-    proven = [name for name in known if name in card.proven and FILES[name] in card.files] or ["fp32"]
+    proven = [name for name in there if name in card.proven] or ["fp32"]
     for precision in proven if wanted == "auto" else [wanted]:
         path = card.verify_file(model_dir, FILES[precision])
         try:

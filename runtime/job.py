@@ -14,7 +14,7 @@ from typing import Any
 from nsam.runtime import engines
 from nsam.runtime.bands import BandStore
 from nsam.runtime.card import ModelCard
-from nsam.runtime.done import about, earlier
+from nsam.runtime.done import about, earlier, made_with
 from nsam.runtime.errors import InputError
 from nsam.runtime.files import output_errors, printable, to_json, write_text
 from nsam.runtime.frame import Frame
@@ -41,15 +41,19 @@ class Job:
 
     settings: Settings
     card: ModelCard  # the model's, at the scale that was asked for
+    trained_mpp: float  # the model's own scale
+    made_with: dict[str, Any]  # see `done.made_with`
 
     @classmethod
     def of(cls, settings: Settings) -> Job:
         """The job of a run.
 
         Raises:
-            ModelError: see `engines.read_card`.
+            ModelError: see `engines.read_card` and `ModelCard.shown_at`.
         """
-        return cls(settings, engines.read_card(settings.model, settings.network_mpp))
+        own = engines.read_card(settings.model)
+        card = own.shown_at(settings.network_mpp)
+        return cls(settings, card, own.input.mpp, made_with(card, settings))
 
     def engine(self) -> engines.Engine:
         """The network, loaded once in each process.
@@ -125,10 +129,10 @@ class Job:
 
     def too_coarse(self, mpp: float) -> tuple[str, ...]:
         """A remark where a slide cannot show the network what it was trained on."""
-        trained = engines.read_card(self.settings.model).input.mpp
-        if mpp <= _COARSE * trained:
+        if mpp <= _COARSE * self.trained_mpp:
             return ()
-        return (f"{mpp:g} µm/px is too coarse for a network that was trained at {trained:g}: nuclei will be missed",)
+        trained = f"a network that was trained at {self.trained_mpp:g}"
+        return (f"{mpp:g} µm/px is too coarse for {trained}: nuclei will be missed",)
 
     def is_done(self, source: Source, folder: Path) -> bool:
         """Whether all that is asked for of a slide is there.
@@ -177,7 +181,7 @@ class Job:
 
     def _about(self, source: Source) -> dict[str, Any]:
         with at("mask"):
-            return about(source, self.card, self.settings)
+            return about(source, self.made_with, self.settings.precision)
 
     def _earlier(self, wanted: dict[str, Any], folder: Path) -> tuple[bool, bool]:
         with at("write"):

@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw, ImageFont
 from nsam.runtime.measure import Nucleus
 from nsam.runtime.region import Region
 from nsam.runtime.sinks import Add
-from nsam.runtime.tiles import Box
 
 _THUMBNAIL_PX = 420
 _HEATMAP_PX = 1200
@@ -45,8 +44,7 @@ class Density:
         self._cells_wh = size_wh[0] / self._cell_px, size_wh[1] / self._cell_px  # the last may be a part
         rows, columns = (max(1, math.ceil(side)) for side in self._cells_wh[::-1])
         self._counts = np.zeros((rows, columns), np.float32)
-        whole = Region(np.ones((1, 1), bool), Box(0, 0, *size_wh), size_wh)
-        self._wanted = (region or whole).shares(self._cell_px, rows, columns)
+        self._wanted = (region or Region.whole(size_wh)).shares(self._cell_px, rows, columns)
 
     def add(self, nucleus: Nucleus) -> None:
         """Count a nucleus."""
