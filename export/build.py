@@ -29,7 +29,7 @@ from nsam.train.checkpoint import load_fold
 from nsam.train.encoder import WINDOW
 from nsam.train.evaluate import TorchEngine, draft_card
 from nsam.train.exported import BASE_NAME, write_base
-from nsam.train.lineage import SEEN_NAME
+from nsam.train.lineage import SEEN_NAME, seen_by
 from nsam.train.model import NucleusNet
 from nsam.train.settings import Settings as Trained
 
@@ -47,6 +47,7 @@ def build(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
     _check_replaceable(settings.out, settings.overwrite)
     model, trained = load_fold(settings.fold_dir)
     metrics = _finished_metrics(settings.fold_dir)
+    seen_by(str(settings.fold_dir))  # raises where nobody knows: now, and not after the proof
     card = replace(
         _draft(settings, trained, metrics),
         name=settings.name or settings.fold_dir.resolve().parent.name,
@@ -68,6 +69,8 @@ def build(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if out.is_symlink():
+        raise OutputError(f"`{out}`: a link; give the folder that it leads to")
     if not out.exists():
         return
     if not overwrite:
@@ -130,21 +133,21 @@ def _build_in(
         del graphs["simplified"]
     else:
         chain.prove("exported", "simplified", load_graph(graphs["simplified"]), rewrites_only=True)
-    fp32 = list(graphs)[-1]
-    shipped = {"model.onnx": ("fp32", graphs[fp32])}
+    fp32 = ships = list(graphs)[-1]
     details: dict[str, Any] = {}
     if settings.store == "fp16":
-        stored = graphs["stored as fp16"] = scratch / "stored.onnx"
-        store_weights_fp16(graphs[fp32], stored)
-        chain.prove(fp32, "stored as fp16", load_graph(stored), rewrites_only=False)
-        shipped["model.onnx"] = ("fp32", stored)
+        ships = "stored as fp16"
+        graphs[ships] = scratch / "stored.onnx"
+        store_weights_fp16(graphs[fp32], graphs[ships])
+        chain.prove(fp32, ships, load_graph(graphs[ships]), rewrites_only=False)
+    shipped = {"model.onnx": ("fp32", graphs[ships])}
     proven = ["fp32"]
     if "fp16" in settings.precisions:
         proven.append("fp16")
         graphs["fp16"], details["fp16"] = make_fp16(graphs[fp32], scratch, chain, fp32, load_graph)
         shipped["model.fp16.onnx"] = ("fp16", graphs["fp16"])
     if "bf16" in settings.precisions:
-        passed, details["bf16"] = prove_bf16(graphs[fp32], scratch, chain, fp32, load_graph, say)
+        passed, details["bf16"] = prove_bf16(graphs[ships], scratch, chain, ships, load_graph, say)
         if passed:
             proven.append("bf16")
     if "int8" in settings.precisions:
@@ -155,19 +158,22 @@ def _build_in(
             graphs["int8"] = int8
             shipped["model.int8.onnx"] = ("int8", int8)
             proven.append("int8")
-    failed = {link.after: f"{link.before} -> {link.after}" for link in chain.links if not link.passed}
+    failed = chain.failed()
     card = replace(
         card, proven=tuple(name for name in proven if name not in failed), failed_links=tuple(failed.values())
     )
     shutil.copyfile(settings.fold_dir / SEEN_NAME, out / SEEN_NAME)
-    write_reference(out / REFERENCE_NAME, chain.tiles[:1], chain.maps("torch")[:1])
-    _write_model(out, card, shipped, merged)
+    write_reference(out / REFERENCE_NAME, chain.tiles, chain.maps("torch"), card)
+    card = _write_model(out, card, shipped, merged)
     if settings.tensorrt:
         try:
-            before = "fp16" if "fp16" in graphs else fp32
-            chain.prove(before, "tensorrt", load(out, device="tensorrt"), rewrites_only=False)
+            engine = load(out, device="tensorrt")
+            before = "fp16" if engine.precision == "fp16" else ships
+            chain.prove(before, "tensorrt", engine, rewrites_only=False)
         except DeviceError as error:
             say(f"warning: no TensorRT engine; {error}")
+        card = replace(card, failed_links=tuple(chain.failed().values()))
+        (out / "card.json").write_text(card.to_json(), encoding="utf-8")
     sizes = {name: describe_graph(path) for name, path in graphs.items()}
     proof = as_json(chain, trained_on=len(trained_on), graphs=sizes, **details)
     (out / "parity.json").write_text(json.dumps(proof, indent=1) + "\n", encoding="utf-8")
@@ -179,8 +185,8 @@ def _build_in(
 
 def _write_model(
     folder: Path, card: ModelCard, graphs: dict[str, tuple[str, Path]], base: NucleusNet | None = None
-) -> None:
-    """Graphs with the card in their metadata, what else a base needs, and `card.json` with their hashes."""
+) -> ModelCard:
+    """Graphs with the card in their metadata, what else a base needs, and `card.json` with their hashes: returns it."""
     files = {}
     for name, (precision, graph) in graphs.items():
         shutil.copyfile(graph, folder / name)
@@ -193,13 +199,19 @@ def _write_model(
         files[SEEN_NAME] = FileEntry(sha256_of(folder / SEEN_NAME), "images seen")
     listed = replace(card, files=files)
     (folder / "card.json").write_text(listed.to_json(), encoding="utf-8")
+    return listed
 
 
 def _finished_metrics(fold_dir: Path) -> dict[str, Any]:
     path = fold_dir / "metrics.json"
     if not path.is_file():
         raise ModelError(f"`{fold_dir}`: not finished, it has no metrics.json; nsam-train --resume goes on with it")
-    metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        PostSpec(**metrics["post"])
+        _ = [metrics[name] for name in ("images", "mean", "pooled", "steps", "minutes")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"`{path}`: broken, or of another version of nsam ({error}); train the fold again") from error
     return metrics
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsam.export.graph import check_graph
-from nsam.export.parity import BATCHES
+from nsam.export.parity import BATCHES, MEAN_GATE, distances
 from nsam.runtime.bysize import BySize
 from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import available_cores
@@ -21,15 +21,19 @@ from nsam.runtime.onnx_engine import OnnxEngine
 from nsam.runtime.watershed import separate
 
 REFERENCE_NAME = "reference.npz"
-#: PQ between the reference's nuclei and those found here; precisions differ in a border pixel now and then.
-LEAST_AGREEMENT = 0.98
+#: Share of the reference's nuclei that may be missing here, or found beside them, but for one: precisions differ in a
+#: border pixel now and then, and one decides at times whether a nucleus is.
+MOST_APART = 0.04
 #: A tile's maps may not depend on what else is in its batch.
 BATCH_TOLERANCE = 1e-2
 
 
-def write_reference(path: Path, tile: NDArray[np.uint8], maps: NDArray[np.float32]) -> None:
-    """Keep one real tile (1, S, S, 3) and its maps (1, C, h, w) by torch, for machines without data."""
-    np.savez_compressed(path, tile=tile, maps=maps.astype(np.float16))
+def write_reference(path: Path, tiles: NDArray[np.uint8], maps: NDArray[np.float32], card: ModelCard) -> None:
+    """Keep the tile of (N, S, S, 3) that has most nuclei, and its maps of (N, C, h, w) by torch, for machines without
+    data.
+    """
+    most = int(np.argmax([_nuclei(each, card).max() for each in maps]))
+    np.savez_compressed(path, tile=tiles[most : most + 1], maps=maps[most : most + 1].astype(np.float16))
 
 
 def check(model_dir: Path, say: Callable[[str], None] = lambda line: None) -> None:
@@ -64,11 +68,15 @@ def check(model_dir: Path, say: Callable[[str], None] = lambda line: None) -> No
             apart = float(np.abs(engine.run(images)[-1] - alone).max())
             if apart > BATCH_TOLERANCE:
                 raise ModelError(f"`{model_dir / name}`: in a batch of {batch} a tile's maps change by {apart:.2g}")
-        agreement = score(nuclei, _nuclei(alone, card)).pq
-        apart = float(np.abs(alone - maps[0]).max())
-        shown = f"maps within {apart:.2g} of the reference, PQ of its {nuclei.max()} nuclei {agreement:.4f}"
-        if agreement < LEAST_AGREEMENT:
-            raise ModelError(f"`{model_dir / name}`: {shown}, must be at least {LEAST_AGREEMENT}")
+        found = score(nuclei, _nuclei(alone, card))
+        missing, more = found.count_true - found.matched, found.count_predicted - found.matched
+        apart = float(distances(alone[None], maps).mean())
+        shown = (
+            f"maps {apart:.1g} from the reference in the mean; of its {found.count_true} nuclei {missing} missing, "
+            f"{more} more found"
+        )
+        if apart > MEAN_GATE or missing + more > max(1, MOST_APART * found.count_true):
+            raise ModelError(f"`{model_dir / name}`: {shown}; that is another network, export the model again")
         for size in card.input.other_sizes:
             side = size // card.output.stride
             if engine.run(np.zeros((1, size, size, 3), np.uint8)).shape[2:] != (side, side):

@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from nsam.runtime.card import SIZE_DIMENSION
-from nsam.runtime.errors import ModelError
+from nsam.runtime.errors import ModelError, first_line
 from nsam.train.encoder import WINDOW
 from nsam.train.model import NucleusNet
 
@@ -62,17 +62,25 @@ def export_onnx(model: NucleusNet, sizes: tuple[int, ...], path: Path) -> None:
             external_data=False,
             verbose=False,
         )
-    if len(sizes) > 1:
-        name_sizes(path)
+    written = onnx.load(path)
+    cast_first(written.graph)
+    if len(sizes) > 1:  # the name by which runtimes fix height and width
+        for side in written.graph.input[0].type.tensor_type.shape.dim[1:3]:
+            side.dim_param = SIZE_DIMENSION
+    onnx.save(written, path)
     check_graph(path)
 
 
-def name_sizes(path: Path) -> None:
-    """Give height and width of the input the name by which runtimes fix them."""
-    model = onnx.load(path)
-    for side in model.graph.input[0].type.tensor_type.shape.dim[1:3]:
-        side.dim_param = SIZE_DIMENSION
-    onnx.save(model, path)
+def cast_first(graph: onnx.GraphProto) -> None:
+    """Let everything that reads the uint8 input read its Cast to float instead: TensorRT takes uint8 nowhere else, not
+    even where only its shape is asked for (NVIDIA/TensorRT#3985).
+    """
+    image = graph.input[0].name
+    cast = next(node for node in graph.node if node.op_type == "Cast" and image in node.input)
+    graph.node.remove(cast)
+    for node in graph.node:
+        node.input[:] = [cast.output[0] if name == image else name for name in node.input]
+    graph.node.insert(0, cast)
 
 
 def simplify(source: Path, target: Path) -> str | None:
@@ -91,24 +99,29 @@ def simplify(source: Path, target: Path) -> str | None:
         return f"onnxsim ended with {done.returncode}: {lines[-1] if lines else 'no message'}"
     try:
         check_graph(target)
-    except (ModelError, onnx.checker.ValidationError) as error:
+    except ModelError as error:
         target.unlink()
         return f"onnxsim's graph is refused: {error}"
     return None
 
 
 def check_graph(path: Path) -> None:
-    """Full check with shape inference, and standard operators only.
+    """Full check with shape inference, standard operators only, and an input that is cast before anything else.
 
     Raises:
-        ModelError: an operator outside the standard domain.
-        onnx.checker.ValidationError: an invalid graph.
+        ModelError: the graph is invalid, or has what TensorRT does not take.
     """
-    onnx.checker.check_model(str(path), full_check=True)
-    nodes = onnx.load(path).graph.node
-    foreign = sorted({f"{n.domain}::{n.op_type}" for n in nodes if n.domain not in ("", "ai.onnx")})
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ModelError(f"`{path}`: no valid graph ({first_line(error)}); export the model again") from error
+    graph = onnx.load(path).graph
+    foreign = sorted({f"{n.domain}::{n.op_type}" for n in graph.node if n.domain not in ("", "ai.onnx")})
     if foreign:
         raise ModelError(f"`{path}`: operators outside the standard domain: {', '.join(foreign)}")
+    others = sorted({n.op_type for n in graph.node if graph.input[0].name in n.input} - {"Cast"})
+    if others:
+        raise ModelError(f"`{path}`: its uint8 input goes into {', '.join(others)}; TensorRT takes it by Cast only")
 
 
 def store_weights_fp16(source: Path, target: Path, least: int = 256) -> None:

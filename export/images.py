@@ -41,14 +41,15 @@ def fold_samples(settings: Settings, part: str) -> list[Sample]:
     try:
         with (run / "folds.csv").open(newline="", encoding="utf-8") as stream:
             rows = [row for row in csv.DictReader(stream) if row["fold"] == fold and row["part"] == part]
-    except OSError as error:
-        raise ModelError(f"`{run / 'folds.csv'}`: cannot be read ({error.strerror})") from error
-    missing = [row["image"] for row in rows if row["image"] not in found]
-    if missing or not rows:
+            scales = {row["image"]: float(row["mpp"]) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"`{run / 'folds.csv'}`: cannot be read ({error}); train the run again") from error
+    missing = [name for name in scales if name not in found]
+    if missing or not scales:
         raise InputError(
             f"`{root}`: not the data of this run ({missing[:1] or 'no images'}); pass --data, once for each source"
         )
-    return [replace(found[row["image"]], mpp=float(row["mpp"])) for row in rows]
+    return [replace(found[name], mpp=mpp) for name, mpp in scales.items()]
 
 
 def read_config(settings: Settings) -> dict[str, Any]:

@@ -22,8 +22,10 @@ from nsam.train.evaluate import score_samples
 
 MAPS_GATE = 1e-4  # links that only rewrite fp32 arithmetic
 METRICS_GATE = 0.002  # links that change numbers: what matters is the nuclei
+MEAN_GATE = 1e-2  # of the maps of any one tile, in any batch and size: images alone would not tell of a wrong one
 BATCHES = (1, 2, 5)
 TASK_METRICS = ("dice", "aji", "pq")
+_NO_NUMBER = 1e9
 #: Below it the two pictures of a worst tile are one.
 VISIBLE = 1e-3
 
@@ -37,6 +39,7 @@ class Link:
     max: float  # of |difference| over all maps, the logit as a probability
     p999: float
     mean: float
+    worst_mean: float  # of the tile, of any size and in any batch, whose maps differ most
     worst_tile: int  # of `card.input.size`, the one with the largest difference
     metrics: dict[str, float]  # |difference| of Dice, AJI and PQ, mean of the images
     gate: str
@@ -91,7 +94,7 @@ class Chain:
 
     def prove(self, before: str, after: str, engine: Engine, *, rewrites_only: bool) -> Link:
         """Run `engine` and compare it with `before`; a gate on the maps where it only rewrites fp32, else on the
-        metrics.
+        metrics and the mean of each tile.
 
         Raises:
             ModelError: the gate failed, and failing was not allowed.
@@ -104,21 +107,23 @@ class Chain:
         """`prove` without a verdict's consequences: for what may be left out."""
         self.add(after, engine)
         pairs = zip(self._maps[before], self._maps[after], strict=True)
-        differences = [np.abs(_activated(a) - _activated(b)) for a, b in pairs]  # each (N, C, h, w)
+        differences = [distances(a, b) for a, b in pairs]  # each (N, C, h, w)
         every = np.concatenate([part.ravel() for part in differences])
         of_tiles = np.max([part.max(axis=(1, 2, 3)) for part in differences[: len(self.batches)]], axis=0)
-        largest = float(every.max())
+        largest, worst_mean = float(every.max()), max(float(part.mean(axis=(1, 2, 3)).max()) for part in differences)
         metrics = {n: abs(self._scores[before][n] - self._scores[after][n]) for n in TASK_METRICS}
         if rewrites_only:
             gate, passed = f"maps to {MAPS_GATE:g}", largest <= MAPS_GATE
         else:
-            gate, passed = f"metrics to {METRICS_GATE:g}", max(metrics.values()) <= METRICS_GATE
+            gate = f"metrics to {METRICS_GATE:g}, a tile's mean to {MEAN_GATE:g}"
+            passed = max(metrics.values()) <= METRICS_GATE and worst_mean <= MEAN_GATE
         return Link(
             before,
             after,
             largest,
             float(np.quantile(every, 0.999)),
             float(every.mean()),
+            worst_mean,
             int(of_tiles.argmax()),
             metrics,
             gate,
@@ -138,9 +143,18 @@ class Chain:
         if not link.passed and not self._force:
             raise ModelError(f"parity `{link.before} -> {link.after}` failed ({link}); --force keeps the files")
 
+    def failed(self) -> dict[str, str]:
+        """The links kept so far that failed their gate, by the name of their later end."""
+        return {link.after: f"{link.before} -> {link.after}" for link in self.links if not link.passed}
+
     def maps(self, name: str) -> NDArray[np.float32]:
         """(N, C, h, w) of an engine, run one tile at a time."""
         return self._maps[name][0]
+
+
+def distances(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:
+    """|difference| of maps (N, C, h, w), the logit as a probability; 1e9 where either is no number."""
+    return np.nan_to_num(np.abs(_activated(one) - _activated(other)), nan=_NO_NUMBER, posinf=_NO_NUMBER)
 
 
 def _activated(maps: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ class ModelCard:
 
     def __post_init__(self) -> None:
         sizes = self.input.sizes
+        if self.input.multiple_of < 1:
+            raise ModelError(f"card field `input.multiple_of`: must be 1 or more, is {self.input.multiple_of}")
         if (
             not sizes
             or list(sizes) != sorted(set(sizes))
@@ -121,7 +124,19 @@ class ModelCard:
             raise ModelError("card field `output.kinds`: must have one entry for each channel")
         if self.output.stride < 1 or any(size % self.output.stride for size in sizes):
             raise ModelError(f"card field `output.stride`: must divide {sizes}, is {self.output.stride}")
-        halo = self.post.tile_halo_px
+        self._check_post()
+
+    def _check_post(self) -> None:
+        sizes, post = self.input.sizes, self.post
+        if not 0 < post.nucleus_threshold < 1:
+            raise ModelError(f"card field `post.nucleus_threshold`: must lie in 0 to 1, is {post.nucleus_threshold}")
+        for name in ("seed_prominence", "min_probability"):
+            if not 0 <= getattr(post, name) <= 1:
+                raise ModelError(f"card field `post.{name}`: must lie in 0 to 1, is {getattr(post, name)}")
+        for name in ("smooth_um", "min_area_um2", "block_halo_um"):
+            if not 0 <= getattr(post, name) < math.inf:
+                raise ModelError(f"card field `post.{name}`: must be 0 or more, is {getattr(post, name)}")
+        halo = post.tile_halo_px
         if halo < 0 or halo % self.output.stride or 2 * halo >= sizes[0]:
             raise ModelError(
                 "card field `post.tile_halo_px`: must be a multiple of the stride and less than half of "
@@ -156,7 +171,7 @@ class ModelCard:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ModelError(f"`{source}`: not a model card, its JSON is broken ({error})") from error
         if not isinstance(data, dict):
             raise ModelError(f"`{source}`: not a model card, a JSON object is wanted")

@@ -111,15 +111,17 @@ def load(
     model_dir = model_dir or DEFAULT_MODEL
     card = read_card(model_dir)
     seen = card.shown_at(network_mpp)
+    if device != "auto" and device not in PRECISIONS:
+        raise DeviceError(f"`{device}`: no device; give auto, {', '.join(PRECISIONS)}")
     missed: list[str] = []
     for name in AUTO if device == "auto" else (device,):
         try:
             engine = _engine(model_dir, card, name, threads or available_cores(), precision)
         except DeviceError as error:
-            if name == AUTO[-1] or device != "auto":
-                raise
             missed.append(str(error))
-            continue
+            if name != AUTO[-1] and device == "auto":
+                continue
+            raise DeviceError("; ".join(missed)) from error
         notes = [*missed, *(f"parity failed at {link} when the model was made" for link in card.failed_links)]
         engine.device += "".join(f"; {note}" for note in notes)
         engine.card = seen

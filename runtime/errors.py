@@ -36,4 +36,11 @@ class UnfitError(DeviceError):
 
 def first_line(error: Exception) -> str:
     """What a library's error says, without its traceback of native code."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    lines = [line for line in str(error).splitlines() if line and not line.startswith("Exception from ")]
+    return (lines or [type(error).__name__])[0]
+
+
+def not_imported(name: str, error: ImportError) -> str:
+    """What keeps a library away: it is not there, or something that it needs is not."""
+    missing = isinstance(error, ModuleNotFoundError)
+    return f"{name} is not installed" if missing else f"{name} is broken ({first_line(error)})"

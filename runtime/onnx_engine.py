@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nsam.runtime.card import SIZE_DIMENSION, ModelCard
 from nsam.runtime.engines import Engine, check_embedded, check_tensors
-from nsam.runtime.errors import DeviceError, ModelError, first_line
+from nsam.runtime.errors import DeviceError, ModelError, first_line, not_imported
 from nsam.runtime.interrupts import uninterrupted
 
 _PROVIDERS = {
@@ -67,7 +67,7 @@ def _onnxruntime(device: str) -> Any:
             import onnxruntime
     except ImportError as error:
         raise DeviceError(
-            f"`{device}` cannot be had: onnxruntime is not installed; "
+            f"`{device}` cannot be had: {not_imported('onnxruntime', error)}; "
             "pip install 'nsam[cpu]', or 'nsam[gpu]' for an NVIDIA GPU"
         ) from error
     return onnxruntime

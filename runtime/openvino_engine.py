@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import Engine, check_embedded, check_tensors
-from nsam.runtime.errors import DeviceError, ModelError, UnfitError, first_line
+from nsam.runtime.errors import DeviceError, ModelError, UnfitError, first_line, not_imported
 from nsam.runtime.interrupts import uninterrupted
 
 _KINDS = {"uint8_t": "uint8", "u8": "uint8", "float": "float32", "f32": "float32"}
@@ -36,7 +36,7 @@ class OpenvinoEngine(Engine):
             with uninterrupted():
                 import openvino
         except ImportError as error:
-            raise DeviceError("`openvino` is not installed; pip install 'nsam[openvino]'") from error
+            raise DeviceError(f"{not_imported('`openvino`', error)}; pip install 'nsam[openvino]'") from error
         # Its binding sets numpy up at the first array that it gives back. Two threads that come there at the same time
         # wait for each other without end: one holds that step and wants the interpreter, the other the reverse.
         _ = openvino.Tensor(np.zeros(1, np.uint8)).data
@@ -55,16 +55,19 @@ class OpenvinoEngine(Engine):
         )
         place = ["framework", "nsam_card"]
         check_embedded(path, card, model.get_rt_info(place).astype(str) if model.has_rt_info(place) else None)
-        model.reshape([-1, size, size, 3])
         # What an int8 graph does not quantise runs in bf16, too, where that can be had.
         hint = "f32" if precision == "fp32" or not has_bf16 else "bf16"
         hints = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams}
         # Threads bound to cores would share them with those of another process, while other cores idle.
         hints["ENABLE_CPU_PINNING"] = False
-        compiled = core.compile_model(model, "CPU", hints)
         self._idle: SimpleQueue[Any] = SimpleQueue()
-        for _ in range(streams):
-            self._idle.put(compiled.create_infer_request())
+        try:
+            model.reshape([-1, size, size, 3])
+            compiled = core.compile_model(model, "CPU", hints)
+            for _ in range(streams):
+                self._idle.put(compiled.create_infer_request())
+        except RuntimeError as error:
+            raise DeviceError(f"`openvino`: cannot make ready for tiles of {size} px ({first_line(error)})") from error
         version = ".".join(openvino.__version__.split(".")[:2])
         self.device = f"openvino {precision} (OpenVINO {version}, {threads} threads)"
 
@@ -74,6 +77,8 @@ class OpenvinoEngine(Engine):
         try:
             # The next call writes into the same memory.
             maps: NDArray[np.float32] = request.infer([images])[0].copy()
+            if len(maps) != len(images):  # so it ends where memory is short, without an error
+                raise RuntimeError(f"it gave {len(maps)} maps")
         except RuntimeError as error:
             raise DeviceError(
                 f"{self.device}: a batch of {len(images)} failed ({first_line(error)}); try a smaller one"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nsam.runtime.card import ModelCard, sha256_of
 from nsam.runtime.engines import Engine, check_tensors
-from nsam.runtime.errors import DeviceError, OutputError
+from nsam.runtime.errors import DeviceError, OutputError, not_imported
 from nsam.runtime.files import output_errors, write_bytes, write_text
 
 _log = logging.getLogger(__name__)
@@ -52,9 +52,9 @@ class TensorrtEngine(Engine):
         plan = plan_for(path, size, batches, trt, sm, gpu)
         logger = trt.Logger(trt.Logger.WARNING)
         self._runtime = trt.Runtime(logger)
-        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise DeviceError(f"`{plan}`: TensorRT {trt.__version__} cannot load it; delete it and it is built anew")
+            raise DeviceError(f"`{path}`: TensorRT {trt.__version__} cannot load its engine; -v shows its log")
         check_tensors(path, card, size, *_sides(trt, self._engine))
         self._context = self._engine.create_execution_context()
         self._stream = _checked(cuda, cuda.cudaStreamCreate())
@@ -103,39 +103,42 @@ class _Buffer:
         _checked(self._cuda, self._cuda.cudaMemcpyAsync(target, source, size, kind, stream))
 
 
-def plan_for(path: Path, size: int, batches: list[int], trt: Any, sm: int, gpu: str) -> Path:
+def plan_for(path: Path, size: int, batches: list[int], trt: Any, sm: int, gpu: str) -> bytes:
     """The plan of a graph for tiles of a size, this GPU and this TensorRT, built if need be.
 
-    It lies beside the model, or where that cannot be written in the user's cache.
+    It is kept beside the model, or where that cannot be written in the user's cache.
 
     Raises:
         DeviceError: TensorRT cannot build it.
     """
-    name = f"model.sm{sm}-trt{trt.__version__}-b{batches[-1]}-{size}.plan"
-    graph = sha256_of(path)
-    for folder in _homes(path.parent):
-        plan = folder / name
-        about = _read_about(plan)
-        if about.get("graph_sha256") == graph and plan.is_file() and about.get("sha256") == sha256_of(plan):
+    name = f"{path.stem}.sm{sm}-trt{trt.__version__}-b{batches[-1]}-{size}.plan"
+    timing = f"model.sm{sm}-trt{trt.__version__}.timing"
+    made_for = {"graph_sha256": sha256_of(path), "gpu": gpu}
+    homes = _homes(path.parent)
+    for folder in homes:
+        plan = _read_plan(folder / name, made_for)
+        if plan:
             return plan
     _log.warning("building an engine for %s with TensorRT %s; this takes minutes, once", gpu, trt.__version__)
-    for folder in _homes(path.parent):
+    earlier = next((folder / timing for folder in homes if (folder / timing).is_file()), None)
+    plan, times = build_plan(path, size, batches, trt, earlier.read_bytes() if earlier else b"")
+    about = {**made_for, "sha256": hashlib.sha256(plan).hexdigest()}
+    for folder in homes:
         try:
             with output_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            cache = folder / f"model.sm{sm}-trt{trt.__version__}.timing"
-            content = build_plan(path, size, batches, trt, cache)
-            write_bytes(folder / name, content)
-            about = {"graph_sha256": graph, "sha256": hashlib.sha256(content).hexdigest(), "gpu": gpu}
+            write_bytes(folder / name, plan)
             write_text(folder / f"{name}.json", json.dumps(about, indent=2) + "\n")
+            write_bytes(folder / timing, times)
         except OutputError as error:
             _log.warning("%s; the engine needs another place", error)
             continue
-        return folder / name
-    raise DeviceError(f"`{path.parent}`: neither it nor the user's cache can hold the engine")
+        return plan
+    _log.warning("`%s`: neither it nor the user's cache can hold the engine, which is built at each start", path.parent)
+    return plan
 
 
-def build_plan(path: Path, size: int, batches: list[int], trt: Any, timing_cache: Path) -> bytes:
+def build_plan(path: Path, size: int, batches: list[int], trt: Any, times: bytes) -> tuple[bytes, bytes]:
     """Build a plan for the GPU at hand. The precision is the graph's own: typing is strong.
 
     Args:
@@ -143,7 +146,10 @@ def build_plan(path: Path, size: int, batches: list[int], trt: Any, timing_cache
         size: side of the tiles, px.
         batches: least, best and most tiles at once.
         trt: the tensorrt module, 10 or 11.
-        timing_cache: read if it is there, written at the end: later builds are quicker.
+        times: a timing cache, or nothing.
+
+    Returns:
+        The plan, and the timing cache by which later builds are quicker.
 
     Raises:
         DeviceError: TensorRT does not take the graph; its own words are in the message.
@@ -160,7 +166,7 @@ def build_plan(path: Path, size: int, batches: list[int], trt: Any, timing_cache
         raise DeviceError(f"`{path}`: TensorRT {trt.__version__} cannot read it ({reasons})")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
-    cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+    cache = config.create_timing_cache(times)
     config.set_timing_cache(cache, ignore_mismatch=True)
     profile = builder.create_optimization_profile()
     profile.set_shape("image", *((n, size, size, 3) for n in batches))
@@ -168,8 +174,7 @@ def build_plan(path: Path, size: int, batches: list[int], trt: Any, timing_cache
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise DeviceError(f"`{path}`: TensorRT {trt.__version__} cannot build an engine of it; -v shows its log")
-    write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
-    return bytes(plan)
+    return bytes(plan), bytes(config.get_timing_cache().serialize())
 
 
 def _libraries() -> tuple[Any, Any]:
@@ -177,8 +182,9 @@ def _libraries() -> tuple[Any, Any]:
         import tensorrt
         from cuda.bindings import runtime
     except ImportError as error:
+        name = error.name or "tensorrt"
         raise DeviceError(
-            f"`tensorrt` cannot be had: {error.name} is not installed; pip install 'nsam[tensorrt]'"
+            f"`tensorrt` cannot be had: {not_imported(name, error)}; pip install 'nsam[tensorrt]'"
         ) from error
     return tensorrt, runtime
 
@@ -220,13 +226,18 @@ def _sides(trt: Any, engine: Any) -> Iterator[list[tuple[str, str, tuple[int | N
 
 def _homes(model_dir: Path) -> list[Path]:
     """Where plans may lie: beside the model, or in the user's cache, apart by the model's place."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a container's user without a home
+        return [model_dir]
     return [model_dir, cache / "nsam" / hashlib.sha256(bytes(model_dir.resolve())).hexdigest()[:16]]
 
 
-def _read_about(plan: Path) -> dict[str, Any]:
+def _read_plan(path: Path, made_for: dict[str, str]) -> bytes | None:
+    """A plan, if it is whole and of this graph and GPU."""
     try:
-        about = json.loads(plan.with_name(f"{plan.name}.json").read_text(encoding="utf-8"))
+        plan = path.read_bytes()
+        about = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return about if isinstance(about, dict) else {}
+        return None
+    return plan if about == {**made_for, "sha256": hashlib.sha256(plan).hexdigest()} else None

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import nsam.runtime
+from nsam.export.cli import main as export_main
 from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import InputError
 from nsam.runtime.metrics import mean_and_pooled, score
@@ -32,6 +34,11 @@ def test_card_and_proof_are_complete() -> None:
     proof = json.loads((MODEL / "parity.json").read_text())
     assert proof["passed"]
     assert sum(path.stat().st_size for path in MODEL.iterdir()) < 25e6
+
+
+def test_check_repeats_its_proof() -> None:
+    result = CliRunner().invoke(export_main, ["--check", str(MODEL)])
+    assert result.exit_code == 0, result.output
 
 
 def test_it_finds_the_nuclei_of_the_example(example: np.ndarray) -> None:

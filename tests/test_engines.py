@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,23 @@ def test_a_batch_that_fails_in_a_stream_is_told_in_its_place() -> None:
         next(results)
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "field"),
+    [
+        (InputSpec(sizes=(64,)), {"multiple_of": 0}, "input.multiple_of"),
+        (PostSpec(tile_halo_px=8), {"nucleus_threshold": 2.0}, "post.nucleus_threshold"),
+        (PostSpec(tile_halo_px=8), {"min_area_um2": float("nan")}, "post.min_area_um2"),
+        (PostSpec(tile_halo_px=8), {"smooth_um": -1.0}, "post.smooth_um"),
+        (PostSpec(tile_halo_px=8), {"block_halo_um": float("inf")}, "post.block_halo_um"),
+    ],
+)
+def test_values_that_no_slide_could_be_run_with(part: Any, change: dict[str, Any], field: str) -> None:
+    specs: dict[str, Any] = {"input": InputSpec(sizes=(64,)), "post": PostSpec(tile_halo_px=8)}
+    specs[field.split(".")[0]] = dataclasses.replace(part, **change)
+    with pytest.raises(ModelError, match=field):
+        ModelCard("m", "1", "MIT", **specs)
+
+
 def test_device_is_what_runs(tiny_model: Path) -> None:
     engine = load(tiny_model, "cpu", threads=2)
     assert engine.device.startswith("cpu fp32 (ONNX Runtime 1.")
@@ -129,6 +147,10 @@ def test_missing_gpu_is_an_error_or_a_reason(tiny_model: Path) -> None:
     with pytest.raises(DeviceError, match="`tensorrt` cannot be had"):
         load(tiny_model, "tensorrt")
     assert "`cuda` cannot be had" in load(tiny_model, "auto").device
+    with pytest.raises(DeviceError, match=r"`cuda` does not run int8; .*on openvino.*on cpu"):
+        load(tiny_model, "auto", precision="int8")
+    with pytest.raises(DeviceError, match="`gpu`: no device; give auto, cpu, "):
+        load(tiny_model, "gpu")  # type: ignore[arg-type]
 
 
 def test_provider_that_falls_back_is_noticed(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +301,20 @@ def test_openvino_equals_onnx_runtime(tiny_model: Path, n: int) -> None:
     kept = first.copy()
     engine.run(np.zeros((n, 64, 64, 3), np.uint8))
     np.testing.assert_array_equal(first, kept, "the next call must not write into the last one's maps")
+
+
+def test_openvino_s_empty_answer_is_no_answer(tiny_model: Path) -> None:
+    """So it ends where memory is short."""
+    pytest.importorskip("openvino")
+    from nsam.runtime.openvino_engine import OpenvinoEngine
+
+    engine = OpenvinoEngine(
+        tiny_model / "model.onnx", ModelCard.read(tiny_model), "openvino", "fp32", threads=1, size=64, streams=1
+    )
+    engine._idle.get()
+    engine._idle.put(SimpleNamespace(infer=lambda images: [np.empty((0, 2, 32, 32), np.float32)]))
+    with pytest.raises(DeviceError, match=r"a batch of 3 failed \(it gave 0 maps\); try a smaller one"):
+        engine.run(images_of(3))
 
 
 def test_openvino_tells_nobody_that_it_is_imported(tiny_model: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +18,11 @@ from nsam.export import build as export_build
 from nsam.export import graph, images
 from nsam.export.cli import main as export_main
 from nsam.export.merge import load_merged
-from nsam.export.parity import _place
+from nsam.export.parity import Chain, _place, real_tiles
 from nsam.export.settings import Settings
-from nsam.runtime.card import ModelCard
-from nsam.runtime.engines import load
-from nsam.runtime.errors import InputError, ModelError
+from nsam.runtime.card import InputSpec, ModelCard, PostSpec
+from nsam.runtime.engines import Engine, load
+from nsam.runtime.errors import InputError, ModelError, OutputError
 from nsam.train.checkpoint import build_model, load_fold
 from nsam.train.data import find_samples
 
@@ -70,6 +72,74 @@ def test_a_link_that_fails_leaves_no_model(lora_run: Path, tmp_path: Path, monke
     result = CliRunner().invoke(export_main, ["--check", str(tmp_path / "m")])
     assert result.exit_code == 2
     assert "parity failed when it was made (torch -> merged)" in result.stderr
+
+
+def test_a_tile_that_differs_fails_its_link_whatever_images_say(
+    disc_pairs: Path, make_tiny_model: Callable[[Path, ModelCard], Path], tmp_path: Path
+) -> None:
+    card = ModelCard("m", "1", "MIT", input=InputSpec(sizes=(64, 96)), post=PostSpec(tile_halo_px=8))
+    engine = load(make_tiny_model(tmp_path / "m", card), device="cpu")
+    samples = find_samples(disc_pairs, 0.25)[:2]
+
+    class Wrong:
+        card, precision, device = engine.card, "fp16", "none"
+
+        def __init__(self, where: Callable[[np.ndarray], bool], value: float) -> None:
+            self.where, self.value = where, value
+
+        def run(self, images: np.ndarray) -> np.ndarray:
+            return engine.run(images) * np.float32(self.value if self.where(images) else 1)
+
+        def run_all(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+            return map(self.run, batches)
+
+    chain = Chain(
+        real_tiles(samples, card, 64, 5), [real_tiles(samples, card, 96, 1)], samples, tmp_path
+    )
+    chain.add("fp32", engine)
+    for value in (np.nan, -1):
+        for where in (lambda images: images.shape[1] > 64, lambda images: len(images) > 2):
+            link = chain.measure("fp32", "fp16", Wrong(where, value), rewrites_only=False)
+            assert max(link.metrics.values()) == 0
+            assert not link.passed
+    assert chain.measure("fp32", "fp16", Wrong(lambda images: True, 1 + 1e-4), rewrites_only=False).passed
+
+
+def test_tensorrt_that_fails_its_proof_marks_the_card(
+    lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_engine = export_build.load
+
+    def tensorrt(folder: Path, device: str = "cpu", precision: str = "auto") -> Engine:
+        engine = load_engine(folder, "cpu", precision="fp32")
+        if device == "tensorrt":
+            run = engine.run
+            monkeypatch.setattr(engine, "run", lambda images: run(images) + 1)
+        return engine
+
+    monkeypatch.setattr(export_build, "load", tensorrt)
+    options = [str(lora_run / "fold0"), "--out", str(tmp_path / "m"), "--tiles", "2", "--tile", "448", "--images", "1"]
+    result = CliRunner().invoke(export_main, [*options, "--precisions", "fp32", "--tensorrt", "--force"])
+    assert result.exit_code == 0, result.output
+    card = ModelCard.read(tmp_path / "m")
+    assert (card.failed_links, card.proven) == (("simplified -> tensorrt",), ("fp32",))
+
+
+def test_what_a_fold_lacks_is_told_before_its_proof(lora_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(lora_run, tmp_path / "run"))
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(OutputError, match="a link; give the folder"):
+        export_build.build(Settings(run / "fold0", tmp_path / "link", overwrite=True))
+    (run / "folds.csv").write_text("fold,part,image\nfold0,train,a\nfold0,validation,a\n")
+    with pytest.raises(ModelError, match=r"folds\.csv`: cannot be read \('mpp'\)"):
+        export_build.build(Settings(run / "fold0", tmp_path / "m"))
+    (run / "fold0" / "seen.txt").unlink()
+    with pytest.raises(ModelError, match=r"seen\.txt`: missing"):
+        export_build.build(Settings(run / "fold0", tmp_path / "m"))
+    for text in ("{", '{"post": {"unknown": 1}}'):
+        (run / "fold0" / "metrics.json").write_text(text)
+        with pytest.raises(ModelError, match=r"metrics\.json`: broken, or of another version"):
+            export_build.build(Settings(run / "fold0", tmp_path / "m"))
 
 
 @pytest.mark.parametrize(("asked", "counts"), [(1, (1, 0, 7)), (3, (3, 2, 5)), (6, (6, 5, 7)), (40, (8, 7, 7))])

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from fake_tensorrt import Memory, make_cuda, make_tensorrt
 
 from nsam.runtime import engines, tensorrt_engine
+from nsam.runtime.card import FileEntry, ModelCard
 from nsam.runtime.engines import load
-from nsam.runtime.errors import DeviceError
+from nsam.runtime.errors import DeviceError, not_imported
 
 
 @pytest.fixture
@@ -29,6 +32,19 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "10.9.0", **cuda: An
     monkeypatch.setattr(engines, "_has_tensorrt", lambda: True)
 
 
+def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The graph of each engine that is built from now on."""
+    built: list[str] = []
+    build = tensorrt_engine.build_plan
+
+    def counted(path: Path, *arguments: Any) -> tuple[bytes, bytes]:
+        built.append(path.name)
+        return build(path, *arguments)
+
+    monkeypatch.setattr(tensorrt_engine, "build_plan", counted)
+    return built
+
+
 @pytest.mark.parametrize("version", ["10.9.0", "11.0.1"])
 def test_runs_like_onnx_runtime(model: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     install(monkeypatch, version)
@@ -41,14 +57,7 @@ def test_runs_like_onnx_runtime(model: Path, monkeypatch: pytest.MonkeyPatch, ve
 
 
 def test_an_engine_is_built_once_for_each_gpu_and_version(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[str] = []
-    build = tensorrt_engine.build_plan
-
-    def counted(*arguments: Any) -> bytes:
-        built.append("x")
-        return build(*arguments)
-
-    monkeypatch.setattr(tensorrt_engine, "build_plan", counted)
+    built = count_builds(monkeypatch)
     for expected, version, sm in ((1, "10.9.0", (7, 5)), (1, "10.9.0", (7, 5)), (2, "11.0.1", (7, 5))):
         install(monkeypatch, version, sm=sm)
         load(model, "tensorrt")
@@ -69,11 +78,39 @@ def test_an_engine_is_built_once_for_each_gpu_and_version(model: Path, monkeypat
     Path(f"{plan}.json").write_text(json.dumps(about))
     load(model, "tensorrt")
     assert len(built) == 5
+    install(monkeypatch, "11.0.1", sm=(8, 9), name=b"L4")
+    load(model, "tensorrt")
+    assert len(built) == 6, "another card of the same generation"
+
+
+def test_each_precision_keeps_its_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    built = count_builds(monkeypatch)
+    shutil.copy(model / "model.onnx", model / "model.fp16.onnx")
+    card = ModelCard.read(model)
+    files = {**card.files, "model.fp16.onnx": FileEntry(card.files["model.onnx"].sha256, "fp16")}
+    (model / "card.json").write_text(replace(card, files=files, proven=("fp32", "fp16")).to_json())
+    for precision in ("fp16", "fp32", "fp16", "fp32"):
+        assert load(model, "tensorrt", precision=precision).device.startswith(f"tensorrt {precision} ")
+    assert built == ["model.fp16.onnx", "model.onnx"]
+
+
+def test_tensorrt_takes_what_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real graph; the stand-in refuses one whose uint8 input goes elsewhere than into a Cast."""
+    install(monkeypatch)
+    trt, _ = tensorrt_engine._libraries()
+    assert tensorrt_engine.build_plan(engines.DEFAULT_MODEL / "model.onnx", 448, [1, 8, 16], trt, b"")[0]
+    graph = onnx.load(engines.DEFAULT_MODEL / "model.onnx")
+    graph.graph.node.append(onnx.helper.make_node("Shape", ["image"], ["shape"]))
+    onnx.save(graph, tmp_path / "model.onnx")
+    with pytest.raises(DeviceError, match="cannot read it"):
+        tensorrt_engine.build_plan(tmp_path / "model.onnx", 448, [1, 8, 16], trt, b"")
 
 
 def test_a_folder_that_cannot_be_written(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     install(monkeypatch)
+    built = count_builds(monkeypatch)
     write = Path.write_bytes
 
     def refuse(path: Path, content: bytes) -> int:
@@ -85,6 +122,16 @@ def test_a_folder_that_cannot_be_written(model: Path, tmp_path: Path, monkeypatc
     load(model, "tensorrt")
     assert len(list((tmp_path / "cache").rglob("*.plan"))) == 1
     assert not list(model.glob("*.plan"))
+    load(model, "tensorrt")
+    assert len(built) == 1
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    load(model, "tensorrt")
+    assert len(built) == 2, "nowhere to keep it, but it runs"
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_what_fails_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +148,11 @@ def test_what_fails_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_missing_package_is_named() -> None:
     with pytest.raises(DeviceError, match=r"tensorrt is not installed; pip install 'nsam\[tensorrt\]'"):
         tensorrt_engine._libraries()
+
+
+def test_a_broken_package_is_not_called_missing() -> None:
+    error = ImportError("libnvinfer.so.10: cannot open shared object file")
+    assert not_imported("tensorrt", error) == "tensorrt is broken (libnvinfer.so.10: cannot open shared object file)"
 
 
 @pytest.mark.gpu

@@ -158,7 +158,7 @@ class NucleusNet(nn.Module):
             raise ValueError(
                 f"`images` must have sides that are multiples of {ENCODER_STRIDE}, has {tuple(images.shape[1:3])}"
             )
-        x = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        x = (images.float().permute(0, 3, 1, 2) - self.mean) / self.std
         embedding, early = self.encoder(x)
         return self._decode(embedding, early).float()
 
