@@ -18,10 +18,11 @@ from nsam.runtime.errors import InputError
 from nsam.runtime.metrics import mean_and_pooled
 from nsam.runtime.options import Command
 from nsam.train.crossval import claim
-from nsam.train.data import Sample, find_extra, find_samples, hash_samples
+from nsam.train.data import Sample, find_extra, find_samples
 from nsam.train.evaluate import TorchEngine, score_samples
 from nsam.train.fit import fit
 from nsam.train.folds import Fold, make_folds
+from nsam.train.identity import hash_samples
 from nsam.train.settings import NSAM, Settings
 
 SHOWN = ("dice", "aji", "pq")

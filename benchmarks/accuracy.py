@@ -17,8 +17,9 @@ from nsam.runtime.metrics import NAMES, Score, mean_and_pooled, score
 from nsam.runtime.options import Command
 from nsam.runtime.pipeline import segment_slide
 from nsam.runtime.slides import ArraySlide
-from nsam.train.data import Sample, digest, find_samples, read_sample
+from nsam.train.data import Sample, find_samples, read_sample
 from nsam.train.folds import make_folds
+from nsam.train.identity import identify, recognised
 from nsam.train.lineage import seen_by
 
 SHOWN = ("dice", "aji", "pq")
@@ -56,7 +57,7 @@ def main(
     seen = f"{tta} views at {engine.card.input.mpp:g} µm/px"
     click.echo(f"{len(samples)} images, {engine.card.name} {engine.card.version}, {engine.device}, {seen}")
     known = seen_by(str(model or "default"))
-    if trained_on := sum(digest(sample.image) in known for sample in samples):
+    if trained_on := sum(recognised([identify(sample.image) for sample in samples], known)):
         click.echo(f"the model has been trained on {trained_on} of these images: their figures flatter it", err=True)
     results: dict[str, dict[str, Any]] = {}
     for name, change in conditions(shifts):

@@ -14,9 +14,10 @@ from peers import PEERS, PeerError, answer, install
 from nsam.runtime.engines import load
 from nsam.runtime.metrics import Score, mean_and_pooled, score
 from nsam.runtime.options import Command
-from nsam.train.data import Sample, find_samples, hash_samples, read_sample
+from nsam.train.data import Sample, find_samples, read_sample
 from nsam.train.evaluate import score_samples
 from nsam.train.folds import make_folds
+from nsam.train.identity import hash_samples
 
 MPP = 0.25  # µm/px at which peers see the images: that of the slides they are made for
 SHOWN = ("dice", "aji", "pq")

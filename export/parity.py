@@ -154,7 +154,8 @@ class Chain:
 
 def distances(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:
     """|difference| of maps (N, C, h, w), the logit as a probability; 1e9 where either is no number."""
-    return np.nan_to_num(np.abs(_activated(one) - _activated(other)), nan=_NO_NUMBER, posinf=_NO_NUMBER)
+    apart = np.abs(_activated(one) - _activated(other))
+    return np.asarray(np.nan_to_num(apart, nan=_NO_NUMBER, posinf=_NO_NUMBER), np.float32)
 
 
 def _activated(maps: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -54,13 +54,13 @@ class _Refusal(click.ClickException):
 
 
 class NumberRange(click.FloatRange):
-    """A range of numbers, which click's own leaves for `nan`."""
+    """A range of finite numbers, which click's own leaves for `nan` and `inf`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """See `click.ParamType`."""
         number: float = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail("must be a number", param, ctx)
+        if not math.isfinite(number):
+            self.fail("must be a finite number", param, ctx)
         return number
 
 

@@ -15,7 +15,7 @@ NO_MPP = (None, "no mpp in its metadata")
 _PLAUSIBLE_MPP = (0.05, 10.0)
 _MPP_AT_1X = 10.0  # .25 µm/px at 40x, .5 at 20x, whatever the maker
 UM_PER_INCH, _UM_PER_CM = 25400.0, 10000.0
-_UM_PER_OME_UNIT = {"nm": 1e-3, "\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0, "mm": 1e3}
+_UM_PER_UNIT = {"nm": 1e-3, "\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0, "mm": 1e3, "micron": 1.0, "\\u00B5m": 1.0}
 
 
 def openslide_mpp(properties: Mapping[str, str]) -> tuple[float | None, str]:
@@ -33,7 +33,7 @@ def openslide_mpp(properties: Mapping[str, str]) -> tuple[float | None, str]:
 
 
 def tiff_mpp(tif: tifffile.TiffFile) -> tuple[float | None, str]:
-    """mpp from OME metadata, else from the resolution tags when their unit is inch or centimetre."""
+    """mpp from OME metadata, else from the resolution tags when their unit is inch, centimetre or one of ImageJ's."""
     if tif.ome_metadata:
         try:
             pixels = ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels")
@@ -41,11 +41,14 @@ def tiff_mpp(tif: tifffile.TiffFile) -> tuple[float | None, str]:
             sizes = [float(attributes.get(f"PhysicalSize{axis}", "nan")) for axis in "XY"]
         except (ValueError, ElementTree.ParseError) as error:
             return None, f"its OME metadata give no scale ({error})"
-        units = [_UM_PER_OME_UNIT.get(attributes.get(f"PhysicalSize{axis}Unit", "um"), math.nan) for axis in "XY"]
+        units = [_UM_PER_UNIT.get(attributes.get(f"PhysicalSize{axis}Unit", "um"), math.nan) for axis in "XY"]
         x, y = (size * unit for size, unit in zip(sizes, units, strict=True))
         if math.isfinite(x) and math.isfinite(y):
             return checked_mpp((x, y), "its OME metadata")
     page = tif.pages.first
+    unit = (tif.imagej_metadata or {}).get("unit")
+    if unit in _UM_PER_UNIT:  # ImageJ has no tag for these: its dots are for one of the unit that its description names
+        return resolution_mpp(page.resolution, _UM_PER_UNIT[unit])
     if page.resolutionunit == tifffile.RESUNIT.CENTIMETER:
         return resolution_mpp(page.resolution, _UM_PER_CM)
     if page.resolutionunit == tifffile.RESUNIT.INCH:

@@ -67,7 +67,9 @@ def disc_pairs(tmp_path_factory: pytest.TempPathFactory, draw_discs: Callable) -
     rng = np.random.default_rng(0)
     for i in range(10):
         centres = [(x + rng.uniform(-3, 3), y + rng.uniform(-3, 3)) for x in (16, 48) for y in (16, 48)]
-        Image.fromarray(draw_discs((64, 64), centres, 9)).save(root / "images" / f"{i}.png")
+        picture = draw_discs((64, 64), centres, 9)
+        shade = np.kron(rng.integers(0, 40, (8, 8, 1)), np.ones((8, 8, 3))).astype(np.uint8)  # no two images are alike
+        Image.fromarray(np.where(picture == LIGHT, LIGHT - shade, picture)).save(root / "images" / f"{i}.png")
         labels = np.zeros((64, 64), np.uint16)
         for value, centre in enumerate(centres, 1):
             labels[draw_discs((64, 64), [centre], 9)[..., 0] < 128] = value

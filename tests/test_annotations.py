@@ -61,7 +61,8 @@ def test_pixels_are_those_whose_centre_is_inside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[1]", '{"type": "Feature"}', '[{"geometry": {"type": "Point", "coordinates": [1, 2]}}]']
+    "content",
+    ["{", "[1]", "[" * 100_000, '{"type": "Feature"}', '[{"geometry": {"type": "Point", "coordinates": [1, 2]}}]'],
 )
 def test_what_outlines_nothing_is_one_line(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.geojson"
@@ -88,6 +89,19 @@ def test_outlines_that_are_not_the_image_s_nuclei_are_named(tmp_path: Path) -> N
     assert "several planes" in refused(*nuclei)
     for broken in ([[]], [[[1, 2], [3, 4]]], [[[1, 2], [3, float("nan")], [5, 6]]], [], [[[[1, 2], [3, 4], [5, 6]]]]):
         assert "no outline" in refused({"geometry": {"type": "Polygon", "coordinates": broken}})
+
+
+@pytest.mark.parametrize("region_at", [0, 1])
+@pytest.mark.parametrize("nuclei", [[], [feature(square(5, 5, 20, 20))]])
+def test_the_outline_of_a_region_is_no_nucleus(tmp_path: Path, nuclei: list[Any], region_at: int) -> None:
+    """QuPath exports it with what lies in it, where two or more are told as enclosed."""
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+    Image.new("RGB", (96, 80)).save(tmp_path / "images" / "a.png")
+    features = [*nuclei[:region_at], feature(square(0, 0, 96, 80)), *nuclei[region_at:]]
+    write(tmp_path / "labels" / "a.geojson", features)
+    with pytest.raises(InputError, match="one nucleus would be most of the image; delete the outline of the region"):
+        read_sample(find_samples(tmp_path)[0])
 
 
 def test_what_nsam_infer_writes_can_be_corrected_and_trained_on(

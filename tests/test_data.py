@@ -8,8 +8,9 @@ import tifffile
 from PIL import Image
 
 from nsam.runtime.errors import InputError
-from nsam.train.data import Sample, check_distinct, find_extra, find_samples, read_labels, read_sample
+from nsam.train.data import Sample, find_extra, find_samples, read_labels, read_sample
 from nsam.train.folds import final_fold, make_folds
+from nsam.train.identity import check_distinct, identify, recognised
 
 
 def make_pair(root: Path, stem: str = "a", size: int = 16) -> None:
@@ -137,10 +138,40 @@ def test_an_image_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         check_distinct([sample for site in "ab" for sample in find_extra(tmp_path / site / "he")])
 
 
+def test_an_image_is_known_in_any_format(example: np.ndarray, tmp_path: Path) -> None:
+    other = np.ascontiguousarray(example[::-1])
+    sparse = [np.full((256, 256, 3), 255, np.uint8) for _ in range(2)]  # little tissue on clean glass is not much alike
+    for image, x in zip(sparse, (40, 150), strict=True):
+        image[60:160, x : x + 60] = example[:100, :60]
+    images = {"a.png": example, "other.png": other, "white.png": np.full_like(example, 255)}
+    images |= {"white2.png": np.full_like(example[:300], 255), "left.png": sparse[0], "right.png": sparse[1]}
+    for name, pixels in images.items():
+        Image.fromarray(pixels).save(tmp_path / name)
+    Image.fromarray(example).save(tmp_path / "a.jpg", quality=80)
+    tifffile.imwrite(tmp_path / "a.tif", example, photometric="rgb", tile=(128, 128))
+    known = [identify(tmp_path / name) for name in images]
+    for i, line in enumerate(known):
+        assert recognised(known, [line]) == [j == i for j in range(len(known))]
+    assert recognised([identify(tmp_path / name) for name in ("a.jpg", "a.tif")], known[:1]) == [True, True]
+    assert recognised(known, []) == [False] * len(known)
+    with pytest.raises(InputError, match="cannot be read"):
+        identify(tmp_path / "none.png")
+
+
 def test_an_umlaut_is_the_same_in_both_ways_of_writing_it(tmp_path: Path) -> None:
     make_pair(tmp_path, "Pr\u00e4parat")
     (tmp_path / "labels" / "Pr\u00e4parat.tif").rename(tmp_path / "labels" / "Pra\u0308parat.tif")
     assert len(find_samples(tmp_path)) == 1
+
+
+def test_values_that_were_cut_to_8_bits_are_refused(tmp_path: Path) -> None:
+    labels = np.zeros((320, 320), np.int32)
+    labels[5::10, 5::10] = np.arange(1, 1025).reshape(32, 32)
+    np.save(tmp_path / "whole.npy", labels)
+    np.save(tmp_path / "cut.npy", labels % 256)
+    assert len(np.unique(read_labels(tmp_path / "whole.npy"))) == 1025
+    with pytest.raises(InputError, match=r"cut\.npy`: 1020 pieces have 255 values, .* 8 bits hold 255, save 16"):
+        read_labels(tmp_path / "cut.npy")
 
 
 def test_folders_without_images(tmp_path: Path) -> None:

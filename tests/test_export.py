@@ -93,9 +93,7 @@ def test_a_tile_that_differs_fails_its_link_whatever_images_say(
         def run_all(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
             return map(self.run, batches)
 
-    chain = Chain(
-        real_tiles(samples, card, 64, 5), [real_tiles(samples, card, 96, 1)], samples, tmp_path
-    )
+    chain = Chain(real_tiles(samples, card, 64, 5), [real_tiles(samples, card, 96, 1)], samples, tmp_path)
     chain.add("fp32", engine)
     for value in (np.nan, -1):
         for where in (lambda images: images.shape[1] > 64, lambda images: len(images) > 2):

@@ -679,7 +679,7 @@ def test_interrupt_keeps_what_is_finished(
         (["missing.svs"], "`missing.svs`: no such file or folder"),
         (["."], "no slide or image in it"),
         (["a.png", "--mpp", "25"], "0.1<=x<=2"),
-        (["a.png", "--mpp", "nan"], "must be a number"),
+        (["a.png", "--mpp", "nan"], "must be a finite number"),
         (["a.png", "--outputs", "csv,xml"], "`xml` is none of"),
         (["a.png", "--device", "abacus"], "abacus"),
         (["a.png", "--model", "."], "no readable card.json"),

@@ -19,8 +19,9 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image, ImageOps
 
+from nsam.runtime.errors import DeviceError
 from nsam.train.checkpoint import build_model, load_fold
-from nsam.train.cli import main
+from nsam.train.cli import main, pick_device
 from nsam.train.lineage import SEEN_NAME
 from nsam.train.settings import NSAM
 
@@ -82,7 +83,7 @@ def test_a_bad_label_of_any_part_is_named_before_the_run_begins(tmp_path: Path, 
     tifffile.imwrite(data / "labels" / "7.tif", np.zeros((5, 5), np.uint8))
     for fold in range(5):
         result = CliRunner().invoke(
-            main, [str(data), "--out", str(tmp_path / "out"), "--base", "none", "--fold", str(fold)]
+            main, [str(data), "--out", str(tmp_path / "out"), "--base", "none", "--tune", "full", "--fold", str(fold)]
         )
         assert result.exit_code == 2
         assert "7.tif`: has 5 x 5 px" in result.stderr
@@ -234,15 +235,31 @@ def test_folds_side_by_side_make_one_run(tmp_path: Path, disc_pairs: Path) -> No
         (["--fold", "7"], "`--fold` must be 0 to 4, all or final, is 7"),
         (["--device", "cuda:99"], "cannot be had"),
         (["--base", "/nowhere.pt"], "no such base"),
+        (["--tune", "lora"], "nothing has trained what `--tune lora` leaves as it is; pass --tune full"),
+        (["--seed", "-1"], "-1 is not in the range x>=0"),
+        (["--epochs", "inf"], "must be a finite number"),
+        (["--lr", "nan"], "must be a finite number"),
         (["--crop", "100"], "multiple of 16"),
         (["--extra-mpp", "0.5"], "one for each of 0 --extra is wanted, 1 came"),
     ],
 )
 def test_wrong_use_is_one_line(tmp_path: Path, disc_pairs: Path, options: list[str], message: str) -> None:
-    result = CliRunner().invoke(main, [str(disc_pairs), "--out", str(tmp_path / "r"), "--base", "none", *options])
+    base = ["--base", "none", "--tune", "full"]
+    result = CliRunner().invoke(main, [str(disc_pairs), "--out", str(tmp_path / "r"), *base, *options])
     assert result.exit_code == 2
     assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    usage = 3 * result.stderr.startswith("Usage: ")  # click's own: how to call, where help is, an empty line
+    assert len(result.stderr.strip().splitlines()) == 1 + usage
+    assert not (tmp_path / "r").exists()
+
+
+def test_processes_of_torchrun_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(DeviceError, match="all processes would be on it; pass --device cuda"):
+        pick_device("cuda:0")
+    with pytest.raises(DeviceError, match="`cuda:99`: cannot be had"):
+        pick_device("cuda")
+    assert pick_device("cpu").type == "cpu"
 
 
 def test_a_disk_that_refuses_is_one_line(tmp_path: Path, disc_pairs: Path) -> None:
@@ -260,7 +277,7 @@ def test_too_little_memory_is_one_line(tmp_path: Path, disc_pairs: Path, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("nsam.train.crossval.fit", refuse)
-    command = [str(disc_pairs), "--out", str(tmp_path), "--base", "none", "--fold", "0"]
+    command = [str(disc_pairs), "--out", str(tmp_path), "--base", "none", "--tune", "full", "--fold", "0"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 2
     assert result.stderr.splitlines() == ["Error: out of memory; give a smaller --batch, and another --out"]
@@ -279,7 +296,8 @@ from nsam.train.cli import main
 views.Views.__getitem__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main(sys.argv[1:])
 """
-    options = ["--out", str(tmp_path), "--base", "none", "--fold", "0", "--crop", "32", "--workers", "1"]
+    options = ["--out", str(tmp_path), "--base", "none", "--tune", "full", "--fold", "0", "--crop", "32"]
+    options += ["--workers", "1"]
     command = [sys.executable, "-c", code, str(disc_pairs), *options]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2
@@ -293,6 +311,8 @@ def test_a_run_is_not_overwritten_or_mixed(tmp_path: Path, disc_pairs: Path) -> 
         json.dumps({"settings": {**NSAM.__dict__, "channels": ["nucleus"]}, "data": {"sha256": ""}})
     )
     for more, message in (([], "holds a run already"), (["--resume"], "give the same options")):
-        result = CliRunner().invoke(main, [str(disc_pairs), "--out", str(tmp_path), "--base", "none", *more])
+        result = CliRunner().invoke(
+            main, [str(disc_pairs), "--out", str(tmp_path), "--base", "none", "--tune", "full", *more]
+        )
         assert result.exit_code == 2
         assert message in result.stderr

@@ -188,6 +188,17 @@ def image_with(name: str, **options: object) -> Callable[[Path], Path]:
     return write
 
 
+def imagej_with(unit: str, dots: float) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        metadata = {"unit": unit, "axes": "YXS"}
+        tifffile.imwrite(
+            folder / "a.tif", np.zeros((8, 8, 3), np.uint8), imagej=True, resolution=(dots, dots), metadata=metadata
+        )
+        return folder / "a.tif"
+
+    return write
+
+
 def ome_with(**size: object) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         path = folder / "a.ome.tif"
@@ -205,6 +216,9 @@ def ome_with(**size: object) -> Callable[[Path], Path]:
         (ome_with(PhysicalSizeX=0.25, PhysicalSizeY=0.25), 0.25),
         (ome_with(PhysicalSizeX=500, PhysicalSizeXUnit="nm", PhysicalSizeY=500, PhysicalSizeYUnit="nm"), 0.5),
         (image_with("a.png", dpi=(101600, 101600)), 0.25),
+        (imagej_with(r"\u00B5m", 4), 0.25),
+        (imagej_with("micron", 2), 0.5),
+        (imagej_with("mm", 4000), 0.25),
     ],
 )
 def test_mpp_from_metadata(tmp_path: Path, write: Callable[[Path], Path], mpp: float) -> None:
@@ -217,6 +231,7 @@ def test_mpp_from_metadata(tmp_path: Path, write: Callable[[Path], Path], mpp: f
     [
         (tiff_with(), "no mpp"),
         (tiff_with(resolution=(40000, 40000), resolutionunit="NONE"), "no mpp"),
+        (imagej_with("pixel", 1), "no mpp"),
         (tiff_with(resolution=(72, 72), resolutionunit="INCH"), "no mpp"),  # a screen's
         (image_with("a.jpg", dpi=(300, 300)), "no mpp"),
         (image_with("a.png"), "no mpp"),

@@ -35,7 +35,7 @@ def read_annotations(path: Path, size_wh: tuple[int, int]) -> NDArray[np.int32]:
         geometries = [feature.get("nucleusGeometry") or feature["geometry"] for feature in features]
         outlines = [_rings(number, geometry) for number, geometry in enumerate(geometries, 1)]
         planes = {json.dumps(geometry.get("plane"), sort_keys=True) for geometry in geometries}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"`{path}`: not GeoJSON of Polygons or MultiPolygons ({error}); in QuPath: File, Export objects as GeoJSON"
         ) from error

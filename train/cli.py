@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from nsam.runtime.errors import NsamError
-from nsam.runtime.options import SCALE, Command, brought_by
+from nsam.runtime.options import SCALE, Command, NumberRange, brought_by
 
 log = logging.getLogger("nsam")
 
@@ -43,11 +43,11 @@ log = logging.getLogger("nsam")
 )
 @click.option("--tune", type=click.Choice(["lora", "decoder", "full"]), default="lora", help="What is trained.")
 @click.option("--rank", type=click.IntRange(1), help="LoRA's rank. [recipe: 4]")
-@click.option("--alpha", type=float, help="LoRA's scale times its rank. [recipe: 4]")
-@click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Passes over the training images.")
+@click.option("--alpha", type=NumberRange(), help="LoRA's scale times its rank. [recipe: 4]")
+@click.option("--epochs", type=NumberRange(0, min_open=True), help="Passes over the training images.")
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs.")
 @click.option("--batch", type=click.IntRange(1), help="Crops a step. [recipe: 8; seed: 2]")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate. [recipe: 1e-3; seed: 1e-4]")
+@click.option("--lr", type=NumberRange(0, min_open=True), help="Learning rate. [recipe: 1e-3; seed: 1e-4]")
 @click.option("--crop", type=click.IntRange(32), help="Side of a crop, px at the network's scale. [recipe: 224]")
 @click.option("--mpp", type=SCALE, help="Scale at which the network sees tissue, µm/px. [recipe: .25; seed: .085]")
 @click.option(
@@ -61,12 +61,12 @@ log = logging.getLogger("nsam")
     multiple=True,
     help="The same for --extra, once for each and in their order.",
 )
-@click.option("--seed", type=int, help="Seed of weights, views and crops. [recipe: 0]")
+@click.option("--seed", type=click.IntRange(0), help="Seed of weights, views and crops. [recipe: 0]")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto")
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of the network. [default: all cores]")
 @click.option("--workers", type=click.IntRange(0), default=1, help="Processes that prepare crops.")
-@click.option("--max-minutes", type=click.FloatRange(0, min_open=True), help="Stop with a checkpoint after so long.")
+@click.option("--max-minutes", type=NumberRange(0, min_open=True), help="Stop with a checkpoint after so long.")
 @click.option("--eval-only", is_flag=True, help="Score the test parts of --out's finished folds again; trains nothing.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, also after a kill.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
@@ -106,8 +106,9 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
 
         from nsam.train.checkpoint import build_model, read_settings
         from nsam.train.crossval import cross_validate, repeat_tests
-        from nsam.train.data import check_distinct, find_extra, find_samples
+        from nsam.train.data import find_extra, find_samples
         from nsam.train.folds import FOLDS
+        from nsam.train.identity import check_distinct
         from nsam.train.lineage import of_fold
         from nsam.train.model import parameter_table
         from nsam.train.parallel import join
@@ -190,15 +191,20 @@ def pick_device(name: str) -> Any:
 
     from nsam.runtime.errors import DeviceError
 
-    if name == "auto":
-        # torchrun numbers the processes of a machine; each takes its own GPU.
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    local = os.environ.get("LOCAL_RANK")  # torchrun numbers the processes of a machine; each takes its own GPU
+    wanted = "cpu" if name == "auto" and not torch.cuda.is_available() else name
+    if wanted in ("auto", "cuda"):
+        wanted = f"cuda:{local or 0}"
+    elif local and wanted.startswith("cuda"):
+        raise DeviceError(
+            f"`--device {name}`: all processes would be on it; pass --device cuda, which gives each its own"
+        )
     try:
-        device = torch.device(name)
+        device = torch.device(wanted)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise DeviceError(f"`--device {name}`: cannot be had ({reason}); pass --device cpu") from error
+        raise DeviceError(f"`{wanted}`: cannot be had ({reason}); pass --device cpu") from error
     return device
 
 

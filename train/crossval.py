@@ -19,10 +19,11 @@ from nsam.runtime.card import PostSpec
 from nsam.runtime.errors import InputError, ModelError, OutputError
 from nsam.runtime.files import output_errors, write_text
 from nsam.train.checkpoint import read_settings
-from nsam.train.data import Sample, hash_samples, read_sample
+from nsam.train.data import Sample, read_sample
 from nsam.train.evaluate import TorchEngine, report, score_with_progress
 from nsam.train.fit import fit
 from nsam.train.folds import FINAL, Fold, final_fold, make_folds, write_folds
+from nsam.train.identity import hash_samples
 from nsam.train.lineage import of_fold, refuse_seen
 from nsam.train.pages import write_report
 from nsam.train.parallel import ALONE, Group

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +27,9 @@ DEFAULT_MPP = 0.25
 #: Pieces of one value, from which on it is a mask's or a class's and not a nucleus's: 5 at most in NuInsSeg, TNBC and
 #: DSB 2018, and none in their images of a single value.
 _MASK_PIECES, _LONE_PIECES = 10, 3
+#: Pieces a value has in the mean, from which on values were used again, as by 8 bits beyond 255 nuclei: 1.2 at most
+#: there.
+_REUSED_PIECES, _MANY_VALUES = 1.7, 20
 #: Share of the image, from which on a value is the background's, and the same of one that meets all sides: the largest
 #: nucleus there has .08.
 _BACKGROUND_SHARE, _AROUND_SHARE = 0.5, 0.2
@@ -91,25 +92,6 @@ def find_extra(root: Path, mpp: float | None = None) -> list[Sample]:
     return [replace(sample, name=f"{root.name}/{sample.name}") for sample in find_samples(root, mpp)]
 
 
-def check_distinct(samples: Sequence[Sample]) -> None:
-    """Refuse images that are there twice, by their name or their content: one might train and the other test.
-
-    Raises:
-        InputError: naming both, or one that cannot be read.
-    """
-    names: dict[str, Sample] = {}
-    contents: dict[str, Sample] = {}
-    for sample in samples:
-        twin = names.setdefault(sample.name, sample)
-        if twin is not sample:
-            raise InputError(
-                f"`{sample.image}`: is called `{sample.name}`, as `{twin.image}` is; rename one of the folders"
-            )
-        twin = contents.setdefault(digest(sample.image), sample)
-        if twin is not sample:
-            raise InputError(f"`{sample.image}`: is the same image as `{twin.image}`; give each once")
-
-
 def _own_mpp(image: Path) -> float:
     try:
         if image.suffix.lower() in IMAGE_EXTENSIONS:
@@ -149,12 +131,14 @@ def read_sample(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     """Image (H, W, 3) uint8 RGB and labels (H, W) int32.
 
     Raises:
-        InputError: unreadable files, labels that are no label map, or sizes that differ.
+        InputError: unreadable files, labels that are no label map or have no background, or sizes that differ.
     """
     with open_slide(sample.image) as slide:
         image = slide.read_region(0, 0, 0, *slide.size_wh)
     outlined = sample.labels.suffix.lower() == ".geojson"
     labels = read_annotations(sample.labels, slide.size_wh) if outlined else read_labels(sample.labels)
+    if outlined and _lacks_background(labels):
+        raise InputError(f"`{sample.labels}`: one nucleus would be most of the image; delete the outline of the region")
     if labels.shape != image.shape[:2]:
         raise InputError(
             f"`{sample.labels}`: has {labels.shape[1]} x {labels.shape[0]} px, "
@@ -188,7 +172,7 @@ def read_labels(path: Path) -> NDArray[np.int32]:
     if array.size and not 0 <= int(array.min()) <= int(array.max()) <= np.iinfo(np.int32).max:
         raise InputError(f"`{path}`: labels must be 0 to 2,147,483,647, are {array.min()} to {array.max()}")
     labels = array.astype(np.int32)
-    if labels.size and (labels.min() > 0 or _is_background(labels)):
+    if _lacks_background(labels):
         raise InputError(f"`{path}`: most of it is not 0, which is the background's value; is it inverted?")
     pieces: NDArray[np.int64] = label(labels, connectivity=2)  # type: ignore[no-untyped-call]
     _, first = np.unique(pieces, return_index=True)
@@ -199,44 +183,20 @@ def read_labels(path: Path) -> NDArray[np.int32]:
             f"`{path}`: a mask or a map of classes, {counts[worst]} pieces have the value {values[worst]}; give each "
             "nucleus its own"
         )
+    if len(values) >= _MANY_VALUES and counts.mean() > _REUSED_PIECES:
+        raise InputError(
+            f"`{path}`: {counts.sum()} pieces have {len(values)} values, so nuclei share them; 8 bits hold 255, save 16"
+        )
     return labels
 
 
-def _is_background(labels: NDArray[np.int32]) -> bool:
-    """Whether the largest nucleus must be what is around nuclei: by its share, or because it meets all four sides."""
+def _lacks_background(labels: NDArray[np.int32]) -> bool:
+    """Whether what is around nuclei has a nucleus's value: by its share, or because it meets all four sides."""
+    if labels.size and labels.min() > 0:
+        return True
     values, sizes = np.unique(labels[labels > 0], return_counts=True)
     if not values.size:
         return False
     largest = values[sizes.argmax()]
     all_sides = all((side == largest).any() for side in (labels[0], labels[-1], labels[:, 0], labels[:, -1]))
     return bool(sizes.max() >= (_AROUND_SHARE if all_sides else _BACKGROUND_SHARE) * labels.size)
-
-
-def digest(image: Path) -> str:
-    """64 bits of the SHA-256 of an image's file, as hex: the same image under any name.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    return hashlib.sha256(_bytes(image)).hexdigest()[:16]
-
-
-def hash_samples(samples: list[Sample]) -> str:
-    """SHA-256 over names, scales and the bytes of images and labels: says whether two runs saw the same data.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
-    whole = hashlib.sha256()
-    for sample in samples:
-        whole.update(f"{sample.name} {sample.mpp:g} ".encode())
-        for path in (sample.image, sample.labels):
-            whole.update(_bytes(path))
-    return whole.hexdigest()
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"`{path}`: cannot be read ({error.strerror})") from error

@@ -19,9 +19,9 @@ from torch import Tensor
 from nsam.runtime.errors import ModelError
 from nsam.runtime.files import output_errors, write_bytes, write_csv, write_text
 from nsam.train import checkpoint
-from nsam.train.data import digest
 from nsam.train.evaluate import TorchEngine, draft_card, report, score_samples, score_with_progress
 from nsam.train.folds import Fold
+from nsam.train.identity import identify
 from nsam.train.lineage import SEEN_NAME, check_seen, refuse_seen, seen_by, write_seen
 from nsam.train.losses import total
 from nsam.train.parallel import ALONE, Group
@@ -80,7 +80,7 @@ def fit(
     engine = TorchEngine(model, draft_card(settings), device)
     step, best, history, minutes = 0, -1.0, [], 0.0
 
-    own = (digest(sample.image) for sample in (*fold.train, *fold.validation))
+    own = (identify(sample.image) for sample in (*fold.train, *fold.validation))
     seen = seen_by(settings.base).union(own)
     last = out / "last.pt"
     if resume and last.is_file():
@@ -105,7 +105,8 @@ def fit(
         for name, term in terms.items():
             sums[name] += term  # not read here: the GPU would stand still until the next step comes
         if step % LOG_EVERY == 0 or step == steps:
-            if not torch.isfinite(total(terms)):  # of this step: fp16 gets over a lone one
+            # The loss of this step: fp16 gets over a lone one. It tells of the weights before the step.
+            if not torch.isfinite(total(terms)) or (step == steps and not state.is_finite()):
                 raise ModelError(
                     f"`{out}`: the loss is not finite at step {step}; begin anew, in another --out, with a smaller "
                     "--lr or --precision fp32"

@@ -10,11 +10,12 @@ from nsam.runtime.card import ModelCard
 from nsam.runtime.engines import DEFAULT_MODEL
 from nsam.runtime.errors import InputError, ModelError
 from nsam.runtime.files import write_text
-from nsam.train.data import Sample, digest
+from nsam.train.data import Sample
+from nsam.train.identity import identify, recognised
 from nsam.train.settings import NAMED_BASES, Settings
 
-#: Beside a network's weights, in a fold's folder and in a model's: a line for each image in the training or validation
-#: part of it or of its bases.
+#: Beside a network's weights, in a fold's folder and in a model's: `identity.identify`'s line for each image in the
+#: training or validation part of it or of its bases.
 SEEN_NAME = "seen.txt"
 
 
@@ -49,7 +50,8 @@ def locate(base: str) -> tuple[str, Path]:
 
 
 def seen_by(base: str) -> frozenset[str]:
-    """Digests of the images that a base has been trained on; none for SAM's weights, which saw no labelled nuclei.
+    """The images that a base has been trained on, as `identify` gives them; none for SAM's weights, which saw no
+    labelled nuclei.
 
     Raises:
         ModelError: a run's fold or an exported model does not say.
@@ -62,7 +64,10 @@ def seen_by(base: str) -> frozenset[str]:
         return frozenset()
     elif not record.is_file():
         raise ModelError(f"`{record}`: missing; without it nobody knows which images this base has been trained on")
-    return frozenset(record.read_text(encoding="ascii").split())
+    lines = record.read_text(encoding="ascii").splitlines()
+    if any(len(line.split()) != 2 for line in lines):
+        raise ModelError(f"`{record}`: of another version of nsam; train or export this base again")
+    return frozenset(lines)
 
 
 def refuse_seen(settings: Settings, name: str, test: Sequence[Sample]) -> None:
@@ -73,7 +78,7 @@ def refuse_seen(settings: Settings, name: str, test: Sequence[Sample]) -> None:
         ModelError: as `seen_by`.
     """
     seen = seen_by(settings.base)
-    found = sum(digest(sample.image) in seen for sample in test) if seen else 0
+    found = sum(recognised([identify(sample.image) for sample in test], seen)) if seen else 0
     if found:
         raise InputError(
             f"`--base {settings.base}`: has been trained on {found} of the {len(test)} test images of {name}; begin "
@@ -81,15 +86,17 @@ def refuse_seen(settings: Settings, name: str, test: Sequence[Sample]) -> None:
         )
 
 
-def check_seen(path: Path, digests: Iterable[str]) -> None:
-    """See that a fold that goes on has the images, its own and its bases', that it was begun with.
+def check_seen(path: Path, images: Iterable[str]) -> None:
+    """See that a fold that goes on has the images, its own and its bases', that it was begun with: the same files, for
+    decoders may differ between machines.
 
     Raises:
         ModelError: it has others, or nobody knows.
     """
     try:
-        same = set(path.read_text(encoding="ascii").split()) == set(digests)
-    except (OSError, ValueError):
+        before = path.read_text(encoding="ascii").splitlines()
+        same = {line.split()[0] for line in before} == {line.split()[0] for line in images}
+    except (OSError, ValueError, IndexError):
         same = False
     if not same:
         raise ModelError(
@@ -98,6 +105,6 @@ def check_seen(path: Path, digests: Iterable[str]) -> None:
         )
 
 
-def write_seen(path: Path, digests: Iterable[str]) -> None:
+def write_seen(path: Path, images: Iterable[str]) -> None:
     """Write what `seen_by` reads."""
-    write_text(path, "".join(f"{line}\n" for line in sorted(digests)))
+    write_text(path, "".join(f"{line}\n" for line in sorted(images)))

@@ -62,6 +62,10 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, is {getattr(self, name)}")
+        if self.base == "none" and self.tune != "full":
+            raise ValueError(
+                f"`--base none`: nothing has trained what `--tune {self.tune}` leaves as it is; pass --tune full"
+            )
         if self.crop % 16:
             raise ValueError(f"`crop` must be a multiple of 16, is {self.crop}")
 

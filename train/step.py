@@ -63,6 +63,10 @@ class TrainState:
         self.ema.update(self.model)
         return {name: term.detach() for name, term in terms.items()}
 
+    def is_finite(self) -> bool:
+        """Whether all trained weights are numbers."""
+        return all(bool(part.isfinite().all()) for part in trainable(self.model))
+
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` goes on from, to the bit."""
         return {

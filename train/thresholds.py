@@ -11,18 +11,19 @@ from nsam.runtime.card import PostSpec
 from nsam.runtime.frame import Frame
 from nsam.runtime.metrics import score
 from nsam.runtime.pipeline import assemble, map_rows, separate_bands
-from nsam.runtime.slides import ArraySlide
+from nsam.runtime.slides import ArraySlide, read_input
+from nsam.runtime.tiles import Box
 from nsam.train.augment import random_look
 from nsam.train.data import Sample, read_sample
 from nsam.train.evaluate import TorchEngine
 
 #: Fields of `PostSpec` and what is tried for each.
 CHOICES: dict[str, tuple[float, ...]] = {
-    "nucleus_threshold": (0.45, 0.5, 0.55, 0.6, 0.65, 0.7),
-    "min_probability": (0.0, 0.65, 0.7, 0.75, 0.775, 0.8, 0.825, 0.85, 0.875),
+    "nucleus_threshold": (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7),
+    "min_probability": (0.0, 0.6, 0.65, 0.7, 0.75, 0.775, 0.8, 0.825, 0.85, 0.875),
     "seed_prominence": (0.06, 0.1, 0.15, 0.2, 0.25),
     "smooth_um": (0.2, 0.35, 0.5, 0.7),
-    "min_area_um2": (4.0, 8.0, 12.0, 16.0),
+    "min_area_um2": (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0),
 }
 ROUNDS = 3
 
@@ -43,9 +44,13 @@ def choose_post(samples: list[Sample], engine: TorchEngine, looks: bool = False)
     seen = []
     for i, sample in enumerate(samples):
         image, truth = read_sample(sample)
-        for shown in (image, random_look(image, np.random.default_rng(i))) if looks else (image,):
-            slide = ArraySlide(shown, sample.image)
-            rows = list(map_rows(slide, engine, Frame.of(slide, card, sample.mpp)))
+        slide = ArraySlide(image, sample.image)
+        frame = Frame.of(slide, card, sample.mpp)
+        seen.append((slide, sample.mpp, list(map_rows(slide, engine, frame)), truth))
+        if looks:  # at the network's scale, as in training: noise and blur of finer px would hardly reach the network
+            shrunk = read_input(slide, Box(0, 0, *frame.grid.input_wh), frame.grid)
+            other = ArraySlide(random_look(shrunk, np.random.default_rng(i)), sample.image)
+            rows = list(map_rows(other, engine, Frame.of(other, card, card.input.mpp)))
             seen.append((slide, sample.mpp, rows, truth))
 
     if not any(truth.any() for *_, truth in seen):
