@@ -19,7 +19,7 @@ from nsam.runtime.metrics import mean_and_pooled, score
 from nsam.train.checkpoint import build_model
 from nsam.train.data import find_extra, find_samples, read_sample
 from nsam.train.folds import make_folds
-from nsam.train.identity import identify, recognised
+from nsam.train.identity import file_of, identify, recognised
 from nsam.train.lineage import refuse_seen, seen_by
 from nsam.train.settings import NSAM
 
@@ -71,7 +71,7 @@ def test_it_says_what_it_has_seen(data_dir: Path) -> None:
     extra = [sample for source in ("tnbc", "dsb2018_he") for sample in find_extra(data_dir / source)]
     first, second, *_ = make_folds(find_samples(data_dir / "nuinsseg"), extra=extra)
     lines = [identify(sample.image) for sample in (*first.train, *first.validation)]
-    assert {line.split()[0] for line in seen_by("default")} == {line.split()[0] for line in lines}
+    assert {file_of(line) for line in seen_by("default")} == {file_of(line) for line in lines}
     assert all(recognised([line.replace(line[:16], "0" * 16) for line in lines], seen_by("default"))), "as other files"
     settings = replace(NSAM, base="default")
     refuse_seen(settings, "fold0", first.test)

@@ -194,6 +194,7 @@ def test_a_base_is_the_same_whatever_is_random_and_not_needed(tune: str) -> None
     """Kinds of CPU differ in the last bits of random weights: a fold of one must be exported on another."""
     settings = replace(NSAM, base="default", tune=tune)
     assert build_model(settings)[1] == build_model(replace(settings, seed=1))[1]
+    assert build_model(settings)[1] != build_model(replace(settings, base="none", tune="full"))[1]
 
 
 def test_a_run_that_tunes_all_goes_on_from_no_base_of_other_images(tmp_path: Path, fold: Fold) -> None:

@@ -48,16 +48,17 @@ def _identify(image: Path, _changed: int, _size: int) -> str:
     grey = cv2.resize(overview, (_SIDE + 1, _SIDE), interpolation=cv2.INTER_AREA).sum(axis=2, dtype=np.int32)
     bits = grey[:, 1:] > grey[:, :-1]
     shown = np.packbits(bits).tobytes().hex() if bits.sum() >= _LEAST_BITS else _BLANK
-    return f"{digest_of(image)} {shown}"
+    return f"{hashlib.sha256(_bytes(image)).hexdigest()[:16]} {shown}"
 
 
-def digest_of(image: Path) -> str:
-    """64 bits of the SHA-256 of an image's file, as hex: the same file under any name.
+def file_of(line: str) -> str:
+    """Of a line by `identify` the part that stands for the file: the same under any name, another in another format.
 
     Raises:
-        InputError: it cannot be read.
+        ValueError: it is no such line.
     """
-    return hashlib.sha256(_bytes(image)).hexdigest()[:16]
+    file, _ = line.split()
+    return file
 
 
 def recognised(images: Sequence[str], known: Iterable[str]) -> list[bool]:
@@ -67,10 +68,10 @@ def recognised(images: Sequence[str], known: Iterable[str]) -> list[bool]:
 
 def _twins(images: Sequence[str], known: Sequence[str]) -> Iterator[list[int]]:
     """Of each of `images` those of `known`, by their numbers, that are the same image."""
-    digests = np.array([line.split()[0] for line in known])
+    files = np.array([file_of(line) for line in known])
     bits, shows = _bits(known)
     for line, own, shown in zip(images, *_bits(images), strict=True):
-        same = digests == line.split()[0]
+        same = files == file_of(line)
         if shown:
             same |= shows & ((bits != own).sum(axis=1) <= _SAME_SHARE * (bits.sum(axis=1) + own.sum()))
         yield np.flatnonzero(same).tolist()

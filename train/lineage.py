@@ -11,7 +11,7 @@ from nsam.runtime.engines import DEFAULT_MODEL
 from nsam.runtime.errors import InputError, ModelError
 from nsam.runtime.files import write_text
 from nsam.train.data import Sample
-from nsam.train.identity import identify, recognised
+from nsam.train.identity import file_of, identify, recognised
 from nsam.train.settings import NAMED_BASES, Settings
 
 #: Beside a network's weights, in a fold's folder and in a model's: `identity.identify`'s line for each image in the
@@ -64,10 +64,13 @@ def seen_by(base: str) -> frozenset[str]:
         return frozenset()
     elif not record.is_file():
         raise ModelError(f"`{record}`: missing; without it nobody knows which images this base has been trained on")
-    lines = record.read_text(encoding="ascii").splitlines()
-    if any(len(line.split()) != 2 for line in lines):
-        raise ModelError(f"`{record}`: of another version of nsam; train or export this base again")
-    return frozenset(lines)
+    lines = frozenset(record.read_text(encoding="ascii").splitlines())
+    try:
+        for line in lines:
+            file_of(line)
+    except ValueError as error:
+        raise ModelError(f"`{record}`: of another version of nsam; train or export this base again") from error
+    return lines
 
 
 def refuse_seen(settings: Settings, name: str, test: Sequence[Sample]) -> None:
@@ -95,8 +98,8 @@ def check_seen(path: Path, images: Iterable[str]) -> None:
     """
     try:
         before = path.read_text(encoding="ascii").splitlines()
-        same = {line.split()[0] for line in before} == {line.split()[0] for line in images}
-    except (OSError, ValueError, IndexError):
+        same = {file_of(line) for line in before} == {file_of(line) for line in images}
+    except (OSError, ValueError):
         same = False
     if not same:
         raise ModelError(
