@@ -111,23 +111,27 @@ def openslide_vendor(path: Path) -> str | None:
 
 
 def open_tiff(path: Path) -> Slide:
-    """A TIFF or OME-TIFF of one plane. Tiles of 8 bits are read piecewise, everything else held in memory.
+    """A TIFF or OME-TIFF of one plane; of several images the largest, for the others are previews and labels of it.
+
+    Tiles of 8 bits are read piecewise, everything else is held in memory. Pixels stay as they are stored, whatever the
+    tag of orientation says, as in QuPath.
 
     Raises:
         InputError: damaged, cut off, several planes, or pixels that `to_rgb8` refuses.
     """
     with _reading(path), ExitStack() as stack:
-        tif = stack.enter_context(tifffile.TiffFile(path))
+        # Its OME metadata may speak of other files, whose pixels are not this one's.
+        tif = stack.enter_context(tifffile.TiffFile(path, _multifile=False))
         if not tif.series:
             raise InputError(f"`{path}`: no image in it; the file is damaged or cut off")
-        first = tif.series[0]
-        if first.axes not in ("YX", "YXS", "SYX"):
-            raise InputError(f"`{path}`: one plane of grey or RGB is wanted, its axes are {first.axes}")
-        pages = [level.keyframe for level in first.levels]
+        largest = max(tif.series, key=lambda series: series.keyframe.imagewidth * series.keyframe.imagelength)
+        if largest.axes not in ("YX", "YXS", "SYX"):
+            raise InputError(f"`{path}`: one plane of grey or RGB is wanted, its axes are {largest.axes}")
+        pages = [level.keyframe for level in largest.levels]
         ends = (o + n for page in pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
         if max(ends) > tif.filehandle.size:
             raise InputError(f"`{path}`: the file is cut off, pixels are missing; copy it again")
-        mpp = tiff_mpp(tif)
+        mpp = tiff_mpp(tif, pages[0])
         # Of 16 bits the brightest pixel decides how many count, so they are read whole.
         if all(page.is_tiled and page.dtype == np.uint8 and page.axes != "SYX" and _is_plain(page) for page in pages):
             if any(len(page.databytecounts) != math.prod(page.chunked) for page in pages):
@@ -207,16 +211,24 @@ def _rgb(page: Any, pixels: NDArray[Any], path: Path) -> NDArray[np.uint8]:
         pixels = np.moveaxis(pixels, 0, -1)
     if page.extrasamples and page.extrasamples[0] == tifffile.EXTRASAMPLE.UNSPECIFIED:
         pixels = pixels[..., : -len(page.extrasamples)]  # not alpha
-    return to_rgb8(pixels, str(path))
+    bits = page.bitspersample
+    return to_rgb8(pixels, str(path), bits if isinstance(bits, int) else None)
 
 
 def _whole_page(path: Path, page: Any) -> NDArray[np.uint8]:
     """A page as (H, W, 3) uint8 RGB."""
-    if not _is_plain(page):
-        if page.photometric != tifffile.PHOTOMETRIC.MINISWHITE or page.dtype != np.uint16:
-            return _load(path, ("TIFF",))  # Pillow knows palettes, CMYK and white as zero, but of 8 bits only
-        return to_rgb8(65535 - page.asarray(), str(path))
-    return _rgb(page, page.asarray(), path)
+    if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+        return to_rgb8(np.moveaxis(page.colormap[:, page.asarray()] >> 8, 0, -1).astype(np.uint8), str(path))
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        samples = page.asarray()
+        return _rgb(page, ~samples if samples.dtype == np.bool_ else 2**page.bitspersample - 1 - samples, path)
+    if _is_plain(page):
+        return _rgb(page, page.asarray(), path)
+    try:
+        return _load(path, ("TIFF",))  # Pillow knows CMYK and others, of 8 bits
+    except InputError as error:
+        coding = f"{page.photometric.name} by {page.compression.name}"
+        raise InputError(f"{error}; or its coding, {coding}, is not known: save it as 8 bit RGB") from error
 
 
 @contextmanager
@@ -237,7 +249,8 @@ def _load(path: Path, formats: tuple[str, ...]) -> NDArray[np.uint8]:
     with _pillow(path, formats) as image:
         if image.format == "PNG" and image.mode in ("RGB", "RGBA") and _png_bits(path) == 16:
             return to_rgb8(_png_of_16_bits(path), str(path))  # Pillow cuts them to 8
-        ImageOps.exif_transpose(image, in_place=True)
+        if image.format != "TIFF":
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):
             return to_rgb8(np.asarray(image).astype(np.uint16), str(path))
         if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
@@ -252,7 +265,7 @@ def _png_bits(path: Path) -> int:
 
 
 def _png_of_16_bits(path: Path) -> NDArray[np.uint16]:
-    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)  # on Windows imread knows ASCII only
     if pixels is None:
         raise InputError(f"`{path}`: cannot be read; the file is damaged or cut off")
     return np.asarray(

@@ -32,12 +32,13 @@ def openslide_mpp(properties: Mapping[str, str]) -> tuple[float | None, str]:
     return NO_MPP
 
 
-def tiff_mpp(tif: tifffile.TiffFile) -> tuple[float | None, str]:
-    """mpp from OME metadata, else from the resolution tags when their unit is inch, centimetre or one of ImageJ's."""
+def tiff_mpp(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> tuple[float | None, str]:
+    """mpp of an image whose largest page is given: from OME metadata, else from the resolution tags when their unit is
+    inch, centimetre or one of ImageJ's.
+    """
     if tif.ome_metadata:
         try:
-            pixels = ElementTree.fromstring(tif.ome_metadata).find(".//{*}Pixels")
-            attributes = {} if pixels is None else pixels.attrib
+            attributes = _ome_pixels(ElementTree.fromstring(tif.ome_metadata), page)
             sizes = [float(attributes.get(f"PhysicalSize{axis}", "nan")) for axis in "XY"]
         except (ValueError, ElementTree.ParseError) as error:
             return None, f"its OME metadata give no scale ({error})"
@@ -45,7 +46,6 @@ def tiff_mpp(tif: tifffile.TiffFile) -> tuple[float | None, str]:
         x, y = (size * unit for size, unit in zip(sizes, units, strict=True))
         if math.isfinite(x) and math.isfinite(y):
             return checked_mpp((x, y), "its OME metadata")
-    page = tif.pages.first
     unit = (tif.imagej_metadata or {}).get("unit")
     if unit in _UM_PER_UNIT:  # ImageJ has no tag for these: its dots are for one of the unit that its description names
         return resolution_mpp(page.resolution, _UM_PER_UNIT[unit])
@@ -54,6 +54,17 @@ def tiff_mpp(tif: tifffile.TiffFile) -> tuple[float | None, str]:
     if page.resolutionunit == tifffile.RESUNIT.INCH:
         return resolution_mpp(page.resolution, UM_PER_INCH)
     return NO_MPP
+
+
+def _ome_pixels(ome: ElementTree.Element, page: tifffile.TiffPage) -> dict[str, str]:
+    """The attributes of the image of the page's size, which is in this file where the metadata speak of several."""
+    size, own = (str(page.imagewidth), str(page.imagelength)), ome.get("UUID")
+    for pixels in ome.iterfind(".//{*}Pixels"):
+        files = [uuid.text for uuid in pixels.iterfind("{*}TiffData/{*}UUID")]
+        elsewhere = own and files and own not in files
+        if (pixels.get("SizeX"), pixels.get("SizeY")) == size and not elsewhere:
+            return pixels.attrib
+    return {}
 
 
 def resolution_mpp(dots_xy: tuple[float, float], unit_um: float) -> tuple[float | None, str]:

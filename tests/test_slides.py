@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nsam.runtime.errors import InputError
-from nsam.runtime.pixels import to_rgb8
 from nsam.runtime.readers import TiffSlide
 from nsam.runtime.slides import ArraySlide, Slide, open_slide, read_input, read_overview
 from nsam.runtime.tiles import Box, Grid
@@ -30,125 +29,6 @@ def noise() -> Pixels:
 def whole(path: Path) -> Pixels:
     with open_slide(path) as slide:
         return slide.read_region(0, 0, 0, *slide.size_wh).copy()
-
-
-# Pixels
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        (np.array([[0, 4095]], np.uint16), [0, 255]),  # 12 bits
-        (np.array([[4080, 65535]], np.uint16), [15, 255]),  # 16 bits
-        (np.array([[False, True]]), [0, 255]),
-        (np.array([[[10, 255], [10, 0]]], np.uint8), [10, 255]),  # grey + alpha, on white
-    ],
-)
-def test_values_become_8_bits(values: NDArray[np.generic], expected: list[int]) -> None:
-    rgb = to_rgb8(values, "x")
-    assert rgb.dtype == np.uint8
-    np.testing.assert_array_equal(rgb, np.repeat(np.array([expected])[..., None], 3, axis=2))
-
-
-def test_half_transparent_is_half_white() -> None:
-    rgba = np.array([[[200, 100, 0, 128]]], np.uint8)
-    np.testing.assert_array_equal(to_rgb8(rgba, "x")[0, 0], [227, 177, 127])
-
-
-def test_floats_are_refused_with_the_remedy() -> None:
-    with pytest.raises(InputError, match="float32; save it as 8 bit RGB"):
-        to_rgb8(np.zeros((2, 2), np.float32), "x")
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "I;16", "CMYK"])
-def test_images_of_every_mode(tmp_path: Path, noise: Pixels, mode: str) -> None:
-    if mode == "I;16":
-        image = Image.fromarray(noise[..., 0].astype(np.uint16) << 8)
-        expected = np.repeat(noise[..., :1], 3, axis=2)
-    else:
-        image = Image.fromarray(noise).convert(mode)
-        expected = np.asarray(image.convert("RGB"))
-    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-    image.save(path)
-    np.testing.assert_array_equal(whole(path), expected)
-
-
-def test_transparent_png_is_white(tmp_path: Path) -> None:
-    Image.new("RGBA", (4, 3), (10, 20, 30, 0)).save(tmp_path / "a.png")
-    assert (whole(tmp_path / "a.png") == 255).all()
-
-
-def test_exif_orientation_is_honoured(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
-    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
-    with open_slide(tmp_path / "a.jpg") as slide:
-        assert slide.size_wh == (20, 40)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"compression": "zlib"},
-        {"tile": (64, 64)},
-        {"tile": (64, 64), "compression": "lzw", "predictor": True},
-        {"planarconfig": "separate"},
-    ],
-    ids=str,
-)
-def test_tiff_layouts(tmp_path: Path, noise: Pixels, options: dict[str, object]) -> None:
-    data = np.moveaxis(noise, -1, 0) if "planarconfig" in options else noise
-    tifffile.imwrite(tmp_path / "a.tif", data, photometric="rgb", **options)
-    np.testing.assert_array_equal(whole(tmp_path / "a.tif"), noise)
-
-
-def test_tiff_of_16_bits_and_of_grey(tmp_path: Path, noise: Pixels) -> None:
-    tifffile.imwrite(tmp_path / "a.tif", noise.astype(np.uint16) << 8, photometric="rgb", tile=(64, 64))
-    np.testing.assert_array_equal(whole(tmp_path / "a.tif"), noise)
-    tifffile.imwrite(tmp_path / "b.tif", noise[..., 0])
-    np.testing.assert_array_equal(whole(tmp_path / "b.tif"), np.repeat(noise[..., :1], 3, axis=2))
-
-
-@pytest.mark.parametrize("planarconfig", ["contig", "separate"])
-@pytest.mark.parametrize("extra", ["unassalpha", "unspecified"])
-def test_tiff_with_a_fourth_sample(tmp_path: Path, noise: Pixels, planarconfig: str, extra: str) -> None:
-    """Alpha is composed on white, whatever the layout; any other sample is left out."""
-    fourth = np.zeros(noise.shape[:2], np.uint8)
-    fourth[:, :90] = 255
-    four = np.dstack([noise, fourth])
-    data = np.moveaxis(four, -1, 0) if planarconfig == "separate" else four
-    options = {"photometric": "rgb", "planarconfig": planarconfig, "extrasamples": [extra]}
-    expected = np.where(fourth[..., None] == 0, 255, noise) if extra == "unassalpha" else noise
-    for name, layout in (("a.tif", {}), ("b.tif", {"tile": (64, 64), "compression": "zlib"})):
-        tifffile.imwrite(tmp_path / name, data, **options, **layout)
-        np.testing.assert_array_equal(whole(tmp_path / name), expected)
-
-
-def test_tiles_of_8_bits_are_read_piecewise(tmp_path: Path, noise: Pixels) -> None:
-    """With alpha and of grey, too: a whole slide in memory would be too much."""
-    for name, samples in (("rgb", noise), ("rgba", np.dstack([noise, noise[..., :1]])), ("grey", noise[..., 0])):
-        path = tmp_path / f"{name}.tif"
-        photometric = "minisblack" if name == "grey" else "rgb"
-        tifffile.imwrite(path, samples, photometric=photometric, tile=(64, 64), compression="zlib")
-        with open_slide(path) as slide:
-            assert isinstance(slide, TiffSlide)
-        np.testing.assert_array_equal(whole(path), to_rgb8(samples, name))
-
-
-def test_too_little_memory_is_no_damage(tmp_path: Path, noise: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise MemoryError("Unable to allocate 13.4 GiB")
-
-    tifffile.imwrite(tmp_path / "a.tif", noise, photometric="rgb")
-    monkeypatch.setattr(tifffile.TiffPage, "asarray", refuse)
-    with pytest.raises(InputError, match="too little memory for it; tiled 8 bit RGB, in tiles of 512 px"):
-        open_slide(tmp_path / "a.tif")
-
-
-def test_tiff_where_zero_is_white(tmp_path: Path, noise: Pixels) -> None:
-    tifffile.imwrite(tmp_path / "a.tif", noise[..., 0], photometric="miniswhite")
-    np.testing.assert_array_equal(whole(tmp_path / "a.tif"), np.repeat(255 - noise[..., :1], 3, axis=2))
 
 
 def test_region_of_a_tiled_pyramid(tmp_path: Path, noise: Pixels) -> None:
@@ -474,19 +354,6 @@ def test_ome_tiff_with_jpeg_tiles(data_dir: Path) -> None:
     with open_slide(path) as slide:
         assert slide.mpp == pytest.approx(0.5, abs=0.01)
         np.testing.assert_array_equal(whole(path), tifffile.imread(path))
-
-
-def test_16_bits_are_not_cut_to_their_lower_half(tmp_path: Path, noise: Pixels) -> None:
-    """Of a camera of 12 bits as PNG, of white as zero, and beside a fourth sample that is no alpha."""
-    import cv2
-
-    cv2.imwrite(str(tmp_path / "a.png"), noise[..., ::-1].astype(np.uint16) << 4)
-    np.testing.assert_array_equal(whole(tmp_path / "a.png"), noise)
-    tifffile.imwrite(tmp_path / "b.tif", 65535 - noise[..., 0].astype(np.uint16) * 257, photometric="miniswhite")
-    np.testing.assert_array_equal(whole(tmp_path / "b.tif"), np.repeat(noise[..., :1], 3, axis=2))
-    four = np.dstack([noise, np.zeros(noise.shape[:2], np.uint8)])
-    tifffile.imwrite(tmp_path / "c.tif", four, photometric="rgb", extrasamples=["unspecified"])
-    np.testing.assert_array_equal(whole(tmp_path / "c.tif"), noise)
 
 
 def test_a_scale_that_is_no_number_costs_no_slide(tmp_path: Path, noise: Pixels) -> None:
