@@ -29,7 +29,7 @@ from nsam.train.checkpoint import load_fold
 from nsam.train.encoder import WINDOW
 from nsam.train.evaluate import TorchEngine, draft_card
 from nsam.train.exported import BASE_NAME, write_base
-from nsam.train.lineage import SEEN_NAME, seen_by
+from nsam.train.lineage import SEEN_NAME, base_card, seen_by
 from nsam.train.model import NucleusNet
 from nsam.train.settings import Settings as Trained
 
@@ -53,7 +53,7 @@ def build(settings: Settings, say: Callable[[str], None] = lambda line: None) ->
         name=settings.name or settings.fold_dir.resolve().parent.name,
         version=settings.model_version,
         licence=settings.licence,
-        training=_training(settings, metrics),
+        training=_training(settings, trained, metrics),
         tool_versions={package: version(package) for package in PACKAGES},
     )
     try:
@@ -215,14 +215,21 @@ def _finished_metrics(fold_dir: Path) -> dict[str, Any]:
     return metrics
 
 
-def _training(settings: Settings, metrics: dict[str, Any]) -> dict[str, Any]:
+def _training(settings: Settings, trained: Trained, metrics: dict[str, Any]) -> dict[str, Any]:
     config = read_config(settings)
+    base = base_card(trained.base)
+    credit, limits = [settings.attribution], settings.limits
+    if base:
+        credit.append(
+            f"begun from {base.name} {base.version} ({base.licence}), trained on: {base.training.get('data')}"
+        )
+        limits = limits or base.training.get("limits", "")
     chosen = ("recipe", "base", "tune", "mpp", "steps", "batch", "crop", "lr", "seed", "folds")
     used = {name: config["settings"][name] for name in chosen}
     used["base"] = "/".join(Path(used["base"]).parts[-2:])  # RUN/foldK says enough; where it lay is nobody's concern
     return {
-        "data": settings.attribution,
-        "limits": settings.limits,
+        "data": "; ".join(filter(None, credit)),
+        "limits": limits,
         "data_sha256": config["data"]["sha256"],
         "commit": config["commit"],
         "settings": used,

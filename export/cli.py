@@ -15,7 +15,7 @@ from nsam.runtime.options import SCALE, Command, brought_by, names_of
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="nsam")
-@click.argument("fold_dir", metavar="[RUN/foldK]", required=False, type=click.Path(path_type=Path))
+@click.argument("fold_dir", metavar="[RUN/foldK | RUN/final]", required=False, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Model directory to make.")
 @click.option(
     "--check",
@@ -32,7 +32,11 @@ from nsam.runtime.options import SCALE, Command, brought_by, names_of
     "here.",
 )
 @click.option("--tensorrt", is_flag=True, help="Also build TensorRT's engine for the GPU at hand.")
-@click.option("--force", is_flag=True, help="Keep the files when a link fails its gate; the card then says so.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Keep the files when a link fails its gate; the card then says so, and nsam-infer on every run.",
+)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -41,9 +45,15 @@ from nsam.runtime.options import SCALE, Command, brought_by, names_of
 )
 @click.option("--name", help="Name in the card. [default: the run's folder]")
 @click.option("--model-version", default="0.1.0", help="Version in the card.")
-@click.option("--licence", default="Apache-2.0", help="Licence in the card.")
-@click.option("--attribution", default="", help="Training data and their licence, for the card.")
-@click.option("--limits", default="", help="What the model is not for, for the card.")
+@click.option("--licence", default="Apache-2.0", help="Licence in the card: that under which you give the model away.")
+@click.option(
+    "--attribution",
+    default="",
+    help="Training data and their licence, for the card; those of an exported --base are added.",
+)
+@click.option(
+    "--limits", default="", help="What the model is not for, for the card. [default: what an exported --base says]"
+)
 @click.option(
     "--mpp",
     type=SCALE,
@@ -70,6 +80,8 @@ from nsam.runtime.options import SCALE, Command, brought_by, names_of
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
 def main(fold_dir: Path | None, out: Path | None, check: Path | None, verbose: bool, **options: Any) -> None:
     """Merge LoRA, write ONNX in each precision and the card, and prove each step on real tissue.
+
+    The model's folder then holds tissue of the run's images: a tile in reference.npz, others in parity-*.jpg.
 
     \b
     nsam-export runs/nsam/fold0 --out models/nsam

@@ -46,12 +46,12 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-def segment(image: NDArray[np.uint8], mpp: float | None = None, model: Path | None = None) -> NDArray[np.int32]:
+def segment(image: NDArray[np.uint8], mpp: float, model: Path | None = None) -> NDArray[np.int32]:
     """Segment the nuclei of an image in memory, on the same path as `nsam-infer --no-tissue-mask`.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        mpp: µm per px of the image; None: that of the model's card.
+        mpp: µm per px of the image; .25 for most 40x scans, .5 for 20x.
         model: a folder made by nsam-export; None: the model that comes with nsam. It stays loaded.
 
     Returns:
@@ -69,11 +69,9 @@ def segment(image: NDArray[np.uint8], mpp: float | None = None, model: Path | No
 
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise InputError(f"`image`: must be (H, W, 3) uint8 RGB, is {image.shape} {image.dtype}")
-    engine = _engine(model)
-    mpp = engine.card.input.mpp if mpp is None else mpp
     if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         raise InputError(f"`mpp`: must be from {MPP_RANGE[0]:g} to {MPP_RANGE[1]:g} µm/px, is {mpp:g}")
-    strips = segment_slide(ArraySlide(image, Path("image"), mpp), engine, mpp)
+    strips = segment_slide(ArraySlide(image, Path("image"), mpp), _engine(model), mpp)
     return np.concatenate([strip.labels for strip in strips])
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nsam.runtime.files import output_errors, write_bytes
+from nsam.runtime.files import output_errors, to_json, write_bytes, write_text
 from nsam.runtime.measure import Nucleus
-from nsam.runtime.settings import BANDS_NAME
+from nsam.runtime.settings import BANDS_NAME, DONE_NAME
 
 _NUMBERS = tuple(name for name in Nucleus._fields if name != "mask")
 
@@ -27,14 +27,15 @@ _NUMBERS = tuple(name for name in Nucleus._fields if name != "mask")
 class BandStore:
     """The bands of one slide under one set of settings."""
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, made_of: dict[str, Any]) -> None:
         """
         Args:
             folder: the slide's result folder.
-            key: all that decides over the bands.
+            made_of: all that decides over the bands, the slide's path among it.
         """
         self._folder = folder / BANDS_NAME
-        self._tag = hashlib.sha256(key.encode()).hexdigest()[:16]
+        self._made_of = to_json(made_of)
+        self._tag = hashlib.sha256(self._made_of.encode()).hexdigest()[:16]
 
     def has(self, index: int) -> bool:
         """Whether band `index` is finished."""
@@ -56,6 +57,9 @@ class BandStore:
         """
         with output_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
+        note = self._folder / DONE_NAME  # that the next run knows whose they are, and takes the folder for its results
+        if not note.exists():
+            write_text(note, self._made_of)
         content = io.BytesIO()
         np.savez(content, **pack(nuclei))
         write_bytes(self._path(index), content.getvalue())

@@ -22,8 +22,8 @@ from nsam.runtime.job import Job
 from nsam.runtime.lock import Turns
 from nsam.runtime.outcome import Failed, Outcome
 from nsam.runtime.progress import Progress, progress
-from nsam.runtime.report import REPORT_NAME, report_at_end
-from nsam.runtime.results import FAILED_NAME, RUN_NAME, UNREADABLE, read_failures, read_json
+from nsam.runtime.report import report_at_end
+from nsam.runtime.results import FAILED_NAME, RUN_NAME, RUN_NAMES, UNREADABLE, read_failures, read_json
 from nsam.runtime.settings import Settings
 from nsam.runtime.sinks import check_parquet
 
@@ -207,7 +207,7 @@ def _check_writable(out: Path) -> None:
 
 def _check_ours(out: Path) -> None:
     """Files of these names may be somebody else's."""
-    there = [out / name for name in (RUN_NAME, FAILED_NAME, REPORT_NAME) if (out / name).exists()]
+    there = [out / name for name in RUN_NAMES if (out / name).exists()]
     if there and not {"nsam", "settings"} <= read_json(out / RUN_NAME).keys():
         raise OutputError(f"`{there[0]}`: is of no run of nsam; pass --overwrite to replace it, or another --out")
 

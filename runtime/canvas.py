@@ -18,11 +18,13 @@ class Strip:
         y0: first level-0 row.
         labels: (h, W) int32 of those rows, 0 = background.
         nuclei: those whose first pixel lies in these rows, ids ascending.
+        doubled: nuclei that were left out, for more than half of each is another's already.
     """
 
     y0: int
     labels: NDArray[np.int32]
     nuclei: list[Nucleus]
+    doubled: int = 0
 
 
 class Canvas:
@@ -38,20 +40,28 @@ class Canvas:
         self._waiting += nuclei
 
     def finish(self, y1: int) -> Strip:
-        """Number and paint all nuclei that begin above `y1`, and let go of the rows above it."""
+        """Number and paint all nuclei that begin above `y1`, and let go of the rows above it.
+
+        Two blocks may see a clump that is wider than their halo differently, and each own a part of it.
+        """
         ready = sorted((n for n in self._waiting if n.first_yx[0] < y1), key=lambda n: n.first_yx)
         self._waiting = [n for n in self._waiting if n.first_yx[0] >= y1]
-        ready = [n.renumbered(self._next_id + i) for i, n in enumerate(ready)]
-        self._next_id += len(ready)
         end = max([y1, *(n.bbox_xywh[1] + n.bbox_xywh[3] for n in ready)])
         missing = end - self.y0 - len(self._labels)
         if missing > 0:
             self._labels = np.pad(self._labels, ((0, missing), (0, 0)))
+        painted = []
         for nucleus in ready:
             x, y, w, h = nucleus.bbox_xywh
             window = self._labels[y - self.y0 : y - self.y0 + h, x : x + w]
-            window[nucleus.mask & (window == 0)] = nucleus.id
-        strip = Strip(self.y0, self._labels[: y1 - self.y0], ready)
+            free = nucleus.mask & (window == 0)
+            taken = nucleus.area_px - np.count_nonzero(free)
+            if taken > nucleus.area_px / 2:
+                continue
+            window[free] = self._next_id
+            painted.append(nucleus._replace(id=self._next_id, cut=nucleus.cut or taken > 0))
+            self._next_id += 1
+        strip = Strip(self.y0, self._labels[: y1 - self.y0], painted, len(ready) - len(painted))
         self._labels = self._labels[y1 - self.y0 :]
         self.y0 = y1
         return strip

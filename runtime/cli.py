@@ -77,7 +77,7 @@ def _roi(
     type=int,
     nargs=4,
     callback=_roi,
-    help="Only this rectangle of every slide, full-resolution px.",
+    help="Only this rectangle of every slide, px of its full resolution.",
 )
 @click.option(
     "--device",
@@ -91,7 +91,7 @@ def _roi(
     type=click.Choice(get_args(Precision)),
     default=Settings.precision,
     show_default=True,
-    help="Arithmetic of the network. `auto`: the fastest that the device runs and the model brings.",
+    help="Arithmetic of the network. `auto`: the fastest that the device runs and the model's proof covers.",
 )
 @click.option(
     "--threads",
@@ -108,8 +108,7 @@ def _roi(
     type=click.IntRange(1, 256),
     default=Settings.batch,
     show_default=True,
-    help="Tiles of 448 px that the network takes at once, of larger ones as many as have their pixels; more need more "
-    "memory.",
+    help="Tiles of 448 px that the network takes at once, of larger ones fewer likewise; more need more memory.",
 )
 @click.option(
     "--tta",
@@ -122,8 +121,8 @@ def _roi(
     "--network-mpp",
     metavar="MPP",
     type=float,
-    help="Micrometres per pixel at which the network sees tissue. Coarser is faster by the square, and finds less.  "
-    "[default: the model's own]",
+    help="Micrometres per pixel at which the network sees tissue: time goes with its square. Coarser finds less; a "
+    "little finer than the model's own finds a little more.  [default: the model's own]",
 )
 @click.option(
     "--outputs",
@@ -131,7 +130,7 @@ def _roi(
     callback=names_of(OUTPUTS),
     default=",".join(Settings.outputs),
     show_default=True,
-    help=f"What to write, separated by commas; of {', '.join(OUTPUTS)}. `parquet` needs nsam[parquet].",
+    help=f"What to write, separated by commas; of {', '.join(OUTPUTS)}. `parquet` needs pip install 'nsam[parquet]'.",
 )
 @click.option(
     "--cluster",

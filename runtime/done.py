@@ -14,8 +14,8 @@ from nsam.runtime.card import ModelCard
 from nsam.runtime.errors import InputError, OutputError
 from nsam.runtime.files import to_json
 from nsam.runtime.inputs import Source
-from nsam.runtime.results import as_dict, differences, read_json
-from nsam.runtime.settings import BANDS_NAME, DONE_NAME, OUTPUTS, RESULT_NAMES, Precision, Settings
+from nsam.runtime.results import as_dict, differences, holds_results, read_json, slide_of
+from nsam.runtime.settings import DONE_NAME, OUTPUTS, RESULT_NAMES, Precision, Settings
 
 
 def made_with(card: ModelCard, settings: Settings) -> dict[str, Any]:
@@ -91,10 +91,15 @@ def earlier(folder: Path, wanted: dict[str, Any], settings: Settings, card: Mode
     there = [folder / name for name in RESULT_NAMES if (folder / name).exists()]
     if any(os.path.realpath(file) == wanted["path"] for file in there):
         raise OutputError(f"`{wanted['path']}`: results would replace it; pass another --out")
-    # What a stopped run left has its bands or a `slide.json`.
-    ours = (folder / DONE_NAME).exists() or (folder / BANDS_NAME).exists()
-    if there and not ours and not settings.overwrite:
+    if there and not holds_results(folder) and not settings.overwrite:
         raise OutputError(f"`{there[0]}`: is of no run of nsam; pass --overwrite to replace it, or another --out")
+    other_slide = slide_of(folder)
+    if other_slide not in ("", wanted["path"]) and os.path.exists(other_slide):
+        # Names are chosen where a run begins, so another has taken this one since.
+        raise OutputError(
+            f"`{folder}`: another run has put results of `{other_slide}` there; run this one again, and it takes "
+            "another name"
+        )
     before = read_json(folder / DONE_NAME)  # empty if broken, for then nothing is finished
     other = {name for name, value in wanted.items() if before.get(name) != value}
     if wanted["precision"] == "auto" and before.get("precision") in card.proven:

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nsam.runtime.errors import InputError
-from nsam.runtime.results import read_json
-from nsam.runtime.settings import BANDS_NAME, DONE_NAME, RESULT_NAMES
+from nsam.runtime.results import RUN_NAMES, holds_results, slide_of
+from nsam.runtime.settings import RESULT_NAMES
 from nsam.runtime.slides import EXTENSIONS, MPP_RANGE
 
 #: Many `.dcm` make up one DICOM slide: found in a folder they would count once each, so one has to be named.
 _FOUND_IN_FOLDERS = tuple(extension for extension in EXTENSIONS if extension != ".dcm")
 _MASK_EXTENSIONS = (".png", ".tif", ".tiff")
 _UNSAID = (None, None)  # mpp and mask
+#: Bytes, of all usual file systems; and how many of a slide's name are kept where it would be too long.
+_LONGEST_NAME, _KEPT_OF_NAME = 255, 200
 
 
 class Source(NamedTuple):
@@ -124,7 +126,7 @@ def folder_names(paths: Sequence[Path], out: Path) -> dict[Path, str]:
             path.stem,
             f"{file.parent.name}_{path.stem}",
             f"{file.parent.name}_{path.name}",
-            f"{path.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:12]}",
+            f"{_cut(path.stem)}_{hashlib.sha256(bytes(file)).hexdigest()[:12]}",
         )
         for path, file in real.items()
     }
@@ -133,9 +135,11 @@ def folder_names(paths: Sequence[Path], out: Path) -> dict[Path, str]:
 
     @cache
     def owner(name: str) -> str:
-        return str(read_json(out / name / DONE_NAME).get("path", ""))
+        return slide_of(out / name)
 
     def fits(name: str) -> bool:
+        if name.casefold() in RUN_NAMES or len(os.fsencode(name)) > _LONGEST_NAME:
+            return False
         free = not os.path.exists(owner(name))
         return free and uses[name.casefold()] == 1 and Path(os.path.realpath(out / name)) not in homes
 
@@ -144,6 +148,10 @@ def folder_names(paths: Sequence[Path], out: Path) -> dict[Path, str]:
         return next(kept, None) or next(filter(fits, forms[path]))
 
     return {path: name_of(path) for path in paths}
+
+
+def _cut(stem: str) -> str:
+    return os.fsencode(stem)[:_KEPT_OF_NAME].decode(errors="ignore")
 
 
 def _slides_of(text: str) -> Iterator[Path]:
@@ -174,7 +182,10 @@ def _read_table(path: Path) -> Iterator[Source]:
             reader.fieldnames = [name.strip().casefold() for name in reader.fieldnames or ()]
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"`{path}`: the table cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, UnicodeDecodeError):
+            reason = "its text is not UTF-8; save it as `CSV UTF-8`"
+        raise InputError(f"`{path}`: the table cannot be read ({reason})") from error
     for line, row in rows:
         if None in row:
             raise InputError(
@@ -204,7 +215,7 @@ def _mask_in(folder: Path, slide: Path) -> Path:
 
 
 def _is_result(path: Path) -> bool:
-    return path.name in RESULT_NAMES and any((path.parent / sign).exists() for sign in (DONE_NAME, BANDS_NAME))
+    return path.name in RESULT_NAMES and holds_results(path.parent)
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -214,14 +225,18 @@ def _below(folder: Path) -> Iterator[Path]:
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(root)
-        # A link back; results, or what a stopped run left of them: an overlay is no slide.
-        if real in seen or DONE_NAME in files or BANDS_NAME in folders:
+        # A link back; results, for an overlay is no slide; a project of QuPath's, for neither are its thumbnails.
+        if real in seen or holds_results(Path(root)) or any(name.endswith(".qpproj") for name in files):
             folders.clear()
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
+        # Hamamatsu's slides of JPEG: their parts, map and macro image are called as they are, and more.
+        indices = tuple(Path(name).stem for name in files if name.lower().endswith((".vms", ".vmu")))
         for name in files:
-            if not name.startswith(".") and name.lower().endswith(_FOUND_IN_FOLDERS):
+            if name.startswith(".") or not name.lower().endswith(_FOUND_IN_FOLDERS):
+                continue
+            if not (name.lower().endswith(".jpg") and name.startswith(indices)):
                 yield Path(root, name)
 
 

@@ -99,7 +99,7 @@ class Job:
             # What is added to earlier results must be of their precision, and so must bands.
             wanted = {**wanted, "precision": engine.precision}
             same, _ = self._earlier(wanted, folder)
-            store = BandStore(folder, to_json({**wanted, "mpp": frame.mpp}))
+            store = BandStore(folder, {**wanted, "mpp": frame.mpp})
             strips = segment_slide(
                 slide,
                 engine,
@@ -153,7 +153,7 @@ class Job:
             engine = self.engine()
             wanted = {**wanted, "precision": engine.precision}
             self._earlier(wanted, folder)  # here, not after hours
-            store = BandStore(folder, to_json({**wanted, "mpp": frame.mpp}))
+            store = BandStore(folder, {**wanted, "mpp": frame.mpp})
             first = next((band for band in range(first, last) if not store.has(band)), last)
             if first < last:
                 made = make_bands(slide, engine, frame, first, last, batch=self.settings.batch, workers=self._workers())
@@ -175,7 +175,7 @@ class Job:
         with slide:
             with at("mpp"):
                 mpp, mpp_source = _mpp(slide, source.mpp, s.mpp)
-            with at("mask"):
+            with at("mask" if source.mask else "read"):
                 region = Region.of(slide, mpp, mask=source.mask, tissue=s.tissue_mask, roi=s.roi)
             yield slide, Frame.of(slide, self.card, mpp, region), mpp_source
 

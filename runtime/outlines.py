@@ -1,4 +1,4 @@
-"""Outlines of a nucleus: along its pixels' borders, and simplified for GeoJSON.
+"""The outline of a nucleus, simplified for GeoJSON.
 
 Rings are closed and wound as RFC 7946 wants it, by the numbers: the exterior counterclockwise where y grows upwards,
 which is clockwise on a screen, where y grows downwards; holes the other way.
@@ -6,7 +6,7 @@ which is clockwise on a screen, where y grows downwards; holes the other way.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,28 +14,12 @@ from numpy.typing import NDArray
 
 from nsam.runtime.measure import Nucleus
 
-_Number = TypeVar("_Number", np.int32, np.float64)
-
-
-def exact_rings(nucleus: Nucleus) -> list[NDArray[np.int32]]:
-    """The exterior ring, then one for each hole, along the borders of pixels.
-
-    They enclose exactly the nucleus's pixels, so rasterising them gives it back. A ring may touch itself in a corner
-    where pixels meet by their corners alone.
-
-    Returns:
-        (N, 2) int32 each, level-0 px, first = last point.
-    """
-    origin = np.asarray(nucleus.bbox_xywh[:2], np.int32)
-    rings = []
-    for ring in _unit_steps(nucleus.mask):
-        turns = np.any(ring - _before(ring) != _after(ring) - ring, axis=1)
-        rings.append(_closed(ring[turns] + origin))
-    return rings
+#: To look for crossings takes memory by the square of the points; nuclei have some forty.
+_MOST_POINTS = 2000
 
 
 def simplified_rings(nucleus: Nucleus, tolerance_px: float = 0.5) -> list[NDArray[np.float64]]:
-    """Like `exact_rings`, with few points and valid: rings neither touch nor cross themselves or another.
+    """The exterior ring, then one for each hole, of few points; they neither touch nor cross themselves or another.
 
     The outline goes through the middles of the pixels' borders, as marching squares do at half the height; there a
     slope is a line and no staircase. Then Douglas-Peucker drops what lies within the tolerance of a line, holes as
@@ -53,7 +37,7 @@ def simplified_rings(nucleus: Nucleus, tolerance_px: float = 0.5) -> list[NDArra
     exterior, *holes = [_points(cv2.approxPolyDP(ring, 2 * tolerance_px, True)) for ring in middles]
     simple = [exterior, *(hole for hole in holes if len(hole) > 2)]
     clear = len(simple) == 1 and _starlike(exterior)
-    if len(exterior) < 3 or (not clear and _cross(simple)):
+    if len(exterior) < 3 or (not clear and (sum(map(len, simple)) > _MOST_POINTS or _cross(simple))):
         simple = middles
     return [_closed(ring / 2 + nucleus.bbox_xywh[:2]) for ring in simple]
 
@@ -116,5 +100,5 @@ def _after(ring: NDArray[np.int32]) -> NDArray[np.int32]:
     return np.concatenate([ring[1:], ring[:1]])
 
 
-def _closed(ring: NDArray[_Number]) -> NDArray[_Number]:
+def _closed(ring: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([ring, ring[:1]])

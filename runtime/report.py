@@ -18,6 +18,7 @@ from nsam.runtime.files import write_text
 from nsam.runtime.lock import Turns
 from nsam.runtime.results import (
     FAILED_NAME,
+    REPORT_NAME,
     RUN_NAME,
     UNREADABLE,
     SlideResult,
@@ -27,8 +28,6 @@ from nsam.runtime.results import (
     read_json,
 )
 from nsam.runtime.settings import DONE_NAME, OUTPUTS, THUMBNAIL_NAME
-
-REPORT_NAME = "report.html"
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">

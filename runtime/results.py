@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsam.runtime.settings import DONE_NAME
+from nsam.runtime.settings import BANDS_NAME, DONE_NAME
 
 #: Of all slides in the folder, not of one.
-RUN_NAME, FAILED_NAME = "run.json", "failed.csv"
+RUN_NAMES = RUN_NAME, FAILED_NAME, REPORT_NAME = "run.json", "failed.csv", "report.html"
 #: Stage of the line that stands for a `failed.csv` which is broken itself.
 UNREADABLE = "report"
 
@@ -91,6 +91,23 @@ def read_json(path: Path) -> dict[str, Any]:
         return as_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
+
+
+def holds_results(folder: Path) -> bool:
+    """Whether results of a slide are in a folder, or what a stopped run left of them; others, too, write `slide.json`.
+
+    A broken one is taken for ours: what lies beside it must not pass for slides.
+    """
+    if (folder / BANDS_NAME).exists():
+        return True
+    done = read_json(folder / DONE_NAME)
+    return "run_hash" in done if done else (folder / DONE_NAME).exists()
+
+
+def slide_of(folder: Path) -> str:
+    """The slide whose results are in a folder, or whose bands a stopped run left there; empty where there is none."""
+    notes = (folder / DONE_NAME, folder / BANDS_NAME / DONE_NAME)
+    return next((str(path) for note in notes if (path := read_json(note).get("path"))), "")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

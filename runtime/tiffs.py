@@ -115,14 +115,21 @@ def _encoded(source: tifffile.TiffFile, page: tifffile.TiffPage) -> Iterator[byt
 
 
 def _reduced(page: tifffile.TiffPage, step: int, shape: tuple[int, int]) -> Iterator[NDArray[np.int32]]:
-    """Tiles of the image whose px are each `step`th of the page's, along both axes."""
+    """Tiles of the image whose px are each `step`th of the page's along both axes, the middle one of its cell."""
     band = np.empty((_TILE_PX, shape[1]), np.int32)
+    shown_y, shown_x = (
+        np.minimum(np.arange(count) * step + step // 2, size - 1)
+        for count, size in zip(shape, (page.imagelength, page.imagewidth), strict=True)
+    )
     for top in range(0, shape[0], _TILE_PX):
         rows = min(_TILE_PX, shape[0] - top)
         for tile, (y, x) in _decoded(page, top * step, (top + rows) * step):
-            part = tile[-y % step :: step, -x % step :: step]
-            row, column = -(-y // step) - top, -(-x // step)
-            band[row : row + part.shape[0], column : column + part.shape[1]] = part
+            rows_in, columns_in = (
+                slice(*np.searchsorted(shown, (start, start + length)))
+                for shown, start, length in ((shown_y, y, tile.shape[0]), (shown_x, x, tile.shape[1]))
+            )
+            part = tile[np.ix_(shown_y[rows_in] - y, shown_x[columns_in] - x)]
+            band[rows_in.start - top : rows_in.stop - top, columns_in] = part
         yield from _cut(band[:rows])
 
 

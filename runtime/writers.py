@@ -49,7 +49,8 @@ def write_results(
 
     Returns:
         `nuclei`, their number; `peak_per_mm2`, the highest density on a grid of 50 µm; `area_um2`: median (None
-        without nuclei) and histogram of their areas; `cut_by_halo`: nuclei larger than a block's halo.
+        without nuclei) and histogram of their areas; `cut_by_halo`: nuclei larger than a block's halo, and parts of
+        such that were left out.
 
     Raises:
         OutputError: disk full, no permission and the like.
@@ -63,6 +64,7 @@ def write_results(
     def feed(adds: Sequence[Add]) -> Iterator[Strip]:
         nonlocal cut
         for strip in strips:
+            cut += strip.doubled
             for nucleus in strip.nuclei:
                 rings = simplified_rings(nucleus) if outlined else []
                 for add in adds:

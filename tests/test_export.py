@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from nsam.export.merge import load_merged
 from nsam.export.parity import Chain, _place, real_tiles
 from nsam.export.settings import Settings
 from nsam.runtime.card import InputSpec, ModelCard, PostSpec
-from nsam.runtime.engines import Engine, load
+from nsam.runtime.engines import DEFAULT_MODEL, Engine, load
 from nsam.runtime.errors import InputError, ModelError, OutputError
 from nsam.train.checkpoint import build_model, load_fold
 from nsam.train.data import find_samples
@@ -138,6 +138,24 @@ def test_what_a_fold_lacks_is_told_before_its_proof(lora_run: Path, tmp_path: Pa
         (run / "fold0" / "metrics.json").write_text(text)
         with pytest.raises(ModelError, match=r"metrics\.json`: broken, or of another version"):
             export_build.build(Settings(run / "fold0", tmp_path / "m"))
+
+
+def test_a_card_credits_the_data_of_its_base_s_card(lora_run: Path, tmp_path: Path) -> None:
+    """Through runs that went on from one another; what the user says of the own data stands first."""
+    metrics = json.loads((lora_run / "fold0" / "metrics.json").read_text())
+    trained = replace(load_fold(lora_run / "fold0")[1], base="default")
+    default = ModelCard.read(DEFAULT_MODEL)
+    (tmp_path / "first" / "fold0").mkdir(parents=True)
+    (tmp_path / "first" / "config.json").write_text(json.dumps({"settings": asdict(trained)}))
+    begun = f"begun from nsam-he {default.version} (Apache-2.0), trained on: NuInsSeg"
+    for base in ("default", str(DEFAULT_MODEL), str(tmp_path / "first" / "fold0")):
+        settings = Settings(lora_run / "fold0", tmp_path / "m", attribution="slides of ours, CC0")
+        told = export_build._training(settings, replace(trained, base=base), metrics)
+        assert told["data"].startswith(f"slides of ours, CC0; {begun}")
+        assert told["limits"] == default.training["limits"]
+    settings = Settings(lora_run / "fold0", tmp_path / "m", limits="mice only")
+    assert export_build._training(settings, trained, metrics)["limits"] == "mice only"
+    assert export_build._training(settings, replace(trained, base="mobile_sam"), metrics)["data"] == ""
 
 
 @pytest.mark.parametrize(("asked", "counts"), [(1, (1, 0, 7)), (3, (3, 2, 5)), (6, (6, 5, 7)), (40, (8, 7, 7))])

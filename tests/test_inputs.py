@@ -41,6 +41,22 @@ def test_hidden_files_and_results_are_no_slides(tmp_path: Path) -> None:
     assert found(tmp_path, ".") == ["a.png"]
 
 
+def test_a_slide_json_of_somebody_else_hides_nothing(tmp_path: Path) -> None:
+    touch(tmp_path, "case/a.png", "case/sub/overlay.jpg", "ours/overlay.jpg")
+    (tmp_path / "case" / "slide.json").write_text('{"barcode": "S12-345"}')
+    (tmp_path / "ours" / "slide.json").write_text('{"run_hash": "0", "path": "/a.png"}')
+    assert found(tmp_path, ".") == ["case/a.png", "case/sub/overlay.jpg"]
+    assert found(tmp_path, "case/**/*.jpg", "case/*") == ["case/a.png", "case/sub/overlay.jpg"]
+
+
+def test_what_belongs_to_a_slide_is_no_slide(tmp_path: Path) -> None:
+    """Thumbnails of a QuPath project, and the parts of Hamamatsu's slides of JPEG."""
+    touch(tmp_path, "a.svs", "study/project.qpproj", "study/data/1/thumbnail.jpg", "v/case 1.vms")
+    touch(tmp_path, "v/case 1.jpg", "v/case 1(0,1).jpg", "v/case 1_map2.jpg", "v/case 1_macro.jpg", "v/other.jpg")
+    assert found(tmp_path, ".") == ["a.svs", "v/case 1.vms", "v/other.jpg"]
+    assert found(tmp_path, "v/case 1_macro.jpg") == ["v/case 1_macro.jpg"]  # where it is named
+
+
 def test_dicom_is_named_not_found(tmp_path: Path) -> None:
     touch(tmp_path, "d/1.dcm", "d/2.dcm")
     assert found(tmp_path, "d/1.dcm") == ["d/1.dcm"]
@@ -87,6 +103,16 @@ def test_folder_names_of_equal_parents_differ(tmp_path: Path) -> None:
     assert folder_names(paths[::-1], tmp_path / "out") == names
 
 
+def test_folder_names_that_no_file_system_has_or_the_run_takes(tmp_path: Path) -> None:
+    long = "ü" * 120
+    paths = [tmp_path / ("b" * 100) / f"{long}.png", tmp_path / "c" / f"{long}.png", tmp_path / "d" / "failed.csv.png"]
+    names = folder_names(paths, tmp_path / "out")
+    assert [names[path] for path in paths[1:]] == [f"c_{long}", "d_failed.csv"]
+    assert len(set(names.values())) == 3
+    for name in names.values():
+        (tmp_path / "out" / name).mkdir(parents=True)
+
+
 def test_no_results_go_where_a_slide_lies(tmp_path: Path) -> None:
     """They would hide it from the next run, or replace it."""
     slide = tmp_path / "case" / "case.png"
@@ -108,8 +134,9 @@ def test_a_table_s_word_holds_however_it_is_written(tmp_path: Path) -> None:
         ("path,mpp\n\n\na.png,0,5\n", "line 4: more fields than columns"),
         ("path,mpp\na.png,.5\na.png,.25\n", "in the table twice"),
         ("path\na\0.png\n", "no `path`"),
+        ("path\nKäfer.png\n", "its text is not UTF-8; save it as `CSV UTF-8`"),
     ):
-        table.write_text(text)
+        table.write_text(text, encoding="cp1252")
         with pytest.raises(InputError, match=message):
             find_slides([str(table)])
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nsam.runtime.canvas import Strip
+from nsam.runtime.canvas import Canvas, Strip
 from nsam.runtime.card import InputSpec, ModelCard
 from nsam.runtime.engines import Engine
 from nsam.runtime.frame import Frame
+from nsam.runtime.measure import Nucleus, measure
 from nsam.runtime.pipeline import assemble, make_bands, segment_slide, separate_bands
 from nsam.runtime.region import Region
 from nsam.runtime.slides import ArraySlide
@@ -151,7 +152,7 @@ def test_bands_are_kept_and_any_part_of_them_can_be_made(tiny_model: Path, draw_
         )
 
     for kept in range(4):
-        store = BandStore(tmp_path / str(kept), "key")
+        store = BandStore(tmp_path / str(kept), {"key": "key"})
         for band in reversed(range(kept)):  # each on its own, as another machine would
             store.write(band, next(make_bands(slide, engine, frame, band, band + 1, batch=2 if band else 4)))
         made: list[int] = []
@@ -161,8 +162,8 @@ def test_bands_are_kept_and_any_part_of_them_can_be_made(tiny_model: Path, draw_
         assert bool(made) == (kept < 3)
     (path,) = (tmp_path / "3" / "bands.part").glob("000001-*.npz")
     path.write_bytes(b"cut off")
-    assert same(list(segment_slide(slide, engine, 0.25, block_px=128, store=BandStore(tmp_path / "3", "key"))))
-    other = BandStore(tmp_path / "3", "other settings")
+    assert same(list(segment_slide(slide, engine, 0.25, block_px=128, store=BandStore(tmp_path / "3", {"key": "key"}))))
+    other = BandStore(tmp_path / "3", {"key": "other settings"})
     assert not other.has(0)
 
 
@@ -184,3 +185,20 @@ def test_who_stops_does_not_wait_for_the_rest_of_a_row() -> None:
     before = len(runs)
     bands.close()
     assert len(runs) - before < 10
+
+
+def test_what_two_blocks_own_is_there_once_and_counted() -> None:
+    """Each nucleus of the table is in the label image, and the other way round."""
+
+    def nucleus(box: tuple[int, int, int, int]) -> Nucleus:
+        labels = np.zeros((60, 60), np.int32)
+        labels[box[1] : box[1] + box[3], box[0] : box[0] + box[2]] = 1
+        ones = np.ones(labels.shape, np.float32)
+        return measure(labels, ones, ones, (0, 0), 0.25)[0]
+
+    canvas = Canvas(60)
+    canvas.add([nucleus((20, 20, 10, 10)), nucleus((5, 5, 30, 30)), nucleus((30, 8, 20, 20)), nucleus((50, 50, 4, 4))])
+    strip = canvas.finish(60)
+    assert [(n.id, n.bbox_xywh[0], n.cut) for n in strip.nuclei] == [(1, 5, False), (2, 30, True), (3, 50, False)]
+    assert np.unique(strip.labels).tolist() == [0, 1, 2, 3]
+    assert strip.doubled == 1

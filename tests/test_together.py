@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -188,15 +189,52 @@ def test_a_slide_that_another_run_ended_while_this_one_opened_it(
     assert "holds results of other settings" in result.stderr
 
 
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_a_name_that_another_run_has_taken_is_left_to_it(
+    infer: Callable[..., Result],
+    slides: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+) -> None:
+    """Runs choose names where they begin: of two that begin together both may choose the same for two slides."""
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        shutil.copyfile(slides / "a.png", tmp_path / folder / "a.png")
+    infer(tmp_path / "x" / "a.png", "--mpp", 0.25)
+    there = (tmp_path / "out" / "a" / "slide.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "folder_names", lambda paths, out: dict.fromkeys(paths, "a"))
+        result = infer(tmp_path / "y" / "a.png", "--mpp", 0.25, *options)
+    assert result.exit_code == 1
+    assert f"another run has put results of `{tmp_path / 'x' / 'a.png'}` there; run this one again" in result.stderr
+    assert (tmp_path / "out" / "a" / "slide.json").read_bytes() == there
+    assert "1 slides done" in infer(tmp_path / "y" / "a.png", "--mpp", 0.25, *options).stdout
+    assert (tmp_path / "out" / "y_a" / "slide.json").exists()
+
+
+def test_what_a_killed_run_has_done_is_found_beside_more_slides(
+    infer: Callable[..., Result], slides: Path, tmp_path: Path
+) -> None:
+    slide = slides / "a.png"
+    BandStore(tmp_path / "out" / "a", {"path": str(slide)}).write(0, [])
+    (tmp_path / "x").mkdir()
+    shutil.copyfile(slide, tmp_path / "x" / "a.png")
+    infer(slides, tmp_path / "x", "--mpp", 0.25)
+    folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    assert folders == {"a", "b", "c", "d", "x_a"}
+    assert json.loads((tmp_path / "out" / "a" / "slide.json").read_text())["path"] == str(slide)
+
+
 def test_runs_of_other_settings_share_no_band(tmp_path: Path) -> None:
-    ours, others = BandStore(tmp_path, "mpp .25"), BandStore(tmp_path, "mpp .5")
+    ours, others = BandStore(tmp_path, {"key": "mpp .25"}), BandStore(tmp_path, {"key": "mpp .5"})
     ours.write(0, [])
     others.write(1, [])
     assert ours.has(0)
     assert not ours.has(1)
     assert not others.has(0)
     assert others.read(0) is None
-    assert BandStore(tmp_path, "mpp .25").read(0) == []
+    assert BandStore(tmp_path, {"key": "mpp .25"}).read(0) == []
 
 
 def test_where_there_are_no_locks_a_warning_says_so(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from nsam.train.lora import add_lora, has_lora, merge_lora
 from nsam.train.mobile_sam import download_mobile_sam, load_mobile_sam
 from nsam.train.model import NucleusNet, needed
 from nsam.train.sam_onnx import read_sam_onnx
-from nsam.train.settings import Settings
+from nsam.train.settings import Settings, read_settings
 
 #: Where a checkpoint holds what `hash_kept` gave.
 KEPT = "kept_sha256"
@@ -164,19 +163,6 @@ def load_trained(model: NucleusNet, state: dict[str, Tensor], source: str) -> No
             raise ModelError(f"`{source}`: weight `{name}` does not fit this architecture")
     # In eval mode TinyViT keeps attention biases it looked up before; train() forgets them.
     model.train().load_state_dict(state, strict=False)
-
-
-def read_settings(config: Path) -> Settings:
-    """The settings saved in a run's `config.json`.
-
-    Raises:
-        ModelError: the file is broken or of another version.
-    """
-    try:
-        saved = json.loads(config.read_text(encoding="utf-8"))["settings"]
-        return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"`{config}`: not the config of a training run ({error})") from error
 
 
 def hash_kept(model: nn.Module, base: str) -> str:

@@ -26,8 +26,18 @@ log = logging.getLogger("nsam")
     help="A folder of another source, whose images help to train every fold; only --folds source tests it. Repeatable.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
-@click.option("--recipe", type=click.Choice(["nsam", "seed"]), default="nsam", help="`seed` is the original study's.")
-@click.option("--fold", default="all", help="One fold's number, all, or final: a model of all images, none tested.")
+@click.option(
+    "--recipe",
+    type=click.Choice(["nsam", "seed"]),
+    default="nsam",
+    help="`seed` is that of the study which nsam grew from, made right, for comparison.",
+)
+@click.option(
+    "--fold",
+    metavar="K|all|final",
+    default="all",
+    help="One fold's number, all, or final: a model of all images, none tested.",
+)
 @click.option(
     "--folds",
     type=click.Choice(["official", "organ", "source"]),
@@ -37,14 +47,23 @@ log = logging.getLogger("nsam")
 )
 @click.option(
     "--base",
+    metavar="NAME|PATH",
     default="mobile_sam",
-    help="mobile_sam (downloaded), a .pt file of it, a folder of its ONNX exports, default (nsam's own), a run "
-    "(each fold goes on from that run's own), a run's fold, an exported model, or none.",
+    help="mobile_sam (40 MB, downloaded once), a .pt file of it, a folder of its ONNX exports, default (nsam's own), "
+    "a run (each fold goes on from that run's own), a run's fold, an exported model, or none.",
 )
-@click.option("--tune", type=click.Choice(["lora", "decoder", "full"]), default="lora", help="What is trained.")
+@click.option(
+    "--tune",
+    type=click.Choice(["lora", "decoder", "full"]),
+    default="lora",
+    help="What is trained: LoRA in the encoder and the decoder, the decoder alone, or all weights, which --base none "
+    "needs.",
+)
 @click.option("--rank", type=click.IntRange(1), help="LoRA's rank. [recipe: 4]")
-@click.option("--alpha", type=NumberRange(), help="LoRA's scale times its rank. [recipe: 4]")
-@click.option("--epochs", type=NumberRange(0, min_open=True), help="Passes over the training images.")
+@click.option("--alpha", type=NumberRange(0, min_open=True), help="LoRA's scale times its rank. [recipe: 4]")
+@click.option(
+    "--epochs", type=NumberRange(0, min_open=True), help="Passes over the training images. [recipe: 80; seed: 10]"
+)
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps, instead of --epochs.")
 @click.option("--batch", type=click.IntRange(1), help="Crops a step. [recipe: 8; seed: 2]")
 @click.option("--lr", type=NumberRange(0, min_open=True), help="Learning rate. [recipe: 1e-3; seed: 1e-4]")
@@ -62,13 +81,20 @@ log = logging.getLogger("nsam")
     help="The same for --extra, once for each and in their order.",
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights, views and crops. [recipe: 0]")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    default="auto",
+    help="Arithmetic. `auto`: fp16 with loss scaling on CUDA, bf16 on CPUs that have it, else fp32.",
+)
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of the network. [default: all cores]")
 @click.option("--workers", type=click.IntRange(0), default=1, help="Processes that prepare crops.")
 @click.option("--max-minutes", type=NumberRange(0, min_open=True), help="Stop with a checkpoint after so long.")
 @click.option("--eval-only", is_flag=True, help="Score the test parts of --out's finished folds again; trains nothing.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out, also after a kill.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the run in --out, also after a kill; give the same options as before."
+)
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
 def main(data: Path, out: Path, verbose: bool, **options: Any) -> None:
     """Train on DATA: NuInsSeg's folder, or one with `images` and `labels` (label maps as TIFF, PNG or
@@ -77,6 +103,9 @@ def main(data: Path, out: Path, verbose: bool, **options: Any) -> None:
     \b
     nsam-train NuInsSeg --out runs/nsam --fold 0
     nsam-train NuInsSeg --out runs/scratch --base none --tune full
+    nsam-train mine --out runs/mine --base default --tune full --fold final --steps 60 --lr 3e-4
+
+    Exit codes: 0 done; 2 refused or failed, with one line that says why; 130 interrupted.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     try:
@@ -104,7 +133,7 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
     with brought_by("train"):
         import torch
 
-        from nsam.train.checkpoint import build_model, read_settings
+        from nsam.train.checkpoint import build_model
         from nsam.train.crossval import cross_validate, repeat_tests
         from nsam.train.data import find_extra, find_samples
         from nsam.train.folds import FOLDS
@@ -112,7 +141,7 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
         from nsam.train.lineage import of_fold
         from nsam.train.model import parameter_table
         from nsam.train.parallel import join
-        from nsam.train.settings import NAMED_BASES, RECIPES, Settings
+        from nsam.train.settings import NAMED_BASES, RECIPES, Settings, read_settings
 
     known = {field.name for field in fields(Settings)}
     chosen = {name: value for name, value in options.items() if name in known and value is not None}

@@ -18,7 +18,6 @@ import torch
 from nsam.runtime.card import PostSpec
 from nsam.runtime.errors import InputError, ModelError, OutputError
 from nsam.runtime.files import output_errors, write_text
-from nsam.train.checkpoint import read_settings
 from nsam.train.data import Sample, read_sample
 from nsam.train.evaluate import TorchEngine, report, score_with_progress
 from nsam.train.fit import fit
@@ -28,7 +27,7 @@ from nsam.train.lineage import of_fold, refuse_seen
 from nsam.train.pages import write_report
 from nsam.train.parallel import ALONE, Group
 from nsam.train.report import write_summary
-from nsam.train.settings import Settings
+from nsam.train.settings import Settings, read_settings
 
 #: Metrics of two machines differ by less: a pixel here and there lies at a threshold.
 REPEATS_TO = 0.002

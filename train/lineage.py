@@ -12,7 +12,7 @@ from nsam.runtime.errors import InputError, ModelError
 from nsam.runtime.files import write_text
 from nsam.train.data import Sample
 from nsam.train.identity import file_of, identify, recognised
-from nsam.train.settings import NAMED_BASES, Settings
+from nsam.train.settings import NAMED_BASES, Settings, read_settings
 
 #: Beside a network's weights, in a fold's folder and in a model's: `identity.identify`'s line for each image in the
 #: training or validation part of it or of its bases.
@@ -71,6 +71,20 @@ def seen_by(base: str) -> frozenset[str]:
     except ValueError as error:
         raise ModelError(f"`{record}`: of another version of nsam; train or export this base again") from error
     return lines
+
+
+def base_card(base: str) -> ModelCard | None:
+    """The card of the exported model that a base is, or has itself been begun from; None where it is none of these.
+
+    Raises:
+        ModelError: a run or a model is broken.
+    """
+    kind, path = locate(base)
+    if kind == "exported":
+        return ModelCard.read(path)
+    if kind == "fold" and (path.parent / "config.json").is_file():
+        return base_card(of_fold(read_settings(path.parent / "config.json"), path.name).base)
+    return None
 
 
 def refuse_seen(settings: Settings, name: str, test: Sequence[Sample]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from nsam.runtime.card import InputSpec, OutputSpec
+from nsam.runtime.errors import ModelError
 
 #: Values of `base` that are no path.
 NAMED_BASES = ("mobile_sam", "default", "none")
@@ -115,3 +118,16 @@ SEED = replace(
 )
 
 RECIPES = {"nsam": NSAM, "seed": SEED}
+
+
+def read_settings(config: Path) -> Settings:
+    """The settings saved in a run's `config.json`.
+
+    Raises:
+        ModelError: the file is broken or of another version.
+    """
+    try:
+        saved = json.loads(config.read_text(encoding="utf-8"))["settings"]
+        return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"`{config}`: not the config of a training run ({error})") from error
