@@ -235,6 +235,7 @@ def _training(settings: Settings, trained: Trained, metrics: dict[str, Any]) -> 
         "settings": used,
         "held_out": {
             "fold": settings.fold_dir.name,
+            "mpp": trained.mpp,  # at which it was tested; the model may be shown another
             "images": metrics["images"],
             "mean": metrics["mean"],
             "pooled": metrics["pooled"],

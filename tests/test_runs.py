@@ -306,13 +306,17 @@ main(sys.argv[1:])
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_is_not_overwritten_or_mixed(tmp_path: Path, disc_pairs: Path) -> None:
+def test_a_run_is_not_overwritten_or_mixed(tmp_path: Path, disc_pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before its base is looked for: the default one would be downloaded."""
+
+    def download() -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("nsam.train.checkpoint.download_mobile_sam", download)
     (tmp_path / "config.json").write_text(
         json.dumps({"settings": {**NSAM.__dict__, "channels": ["nucleus"]}, "data": {"sha256": ""}})
     )
     for more, message in (([], "holds a run already"), (["--resume"], "give the same options")):
-        result = CliRunner().invoke(
-            main, [str(disc_pairs), "--out", str(tmp_path), "--base", "none", "--tune", "full", *more]
-        )
+        result = CliRunner().invoke(main, [str(disc_pairs), "--out", str(tmp_path), *more])
         assert result.exit_code == 2
         assert message in result.stderr

@@ -134,7 +134,7 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
         import torch
 
         from nsam.train.checkpoint import build_model
-        from nsam.train.crossval import cross_validate, repeat_tests
+        from nsam.train.crossval import cross_validate, goes_on, repeat_tests
         from nsam.train.data import find_extra, find_samples
         from nsam.train.folds import FOLDS
         from nsam.train.identity import check_distinct
@@ -176,6 +176,7 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
         return
     if settings.batch % group.size:
         raise ValueError(f"`--batch` must be a multiple of the {group.size} processes, is {settings.batch}")
+    goes_on(out, settings, options["resume"])  # now, and not after its base was downloaded
     for part, count, trainable in parameter_table(build_model(of_fold(settings, which[0]))[0]):
         log.info("%-26s %12s parameters %12s trainable", part, f"{count:,}", f"{trainable:,}")
     cross_validate(

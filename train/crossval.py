@@ -157,17 +157,7 @@ def repeat_tests(
 
 def claim(out: Path, settings: Settings, samples: list[Sample], sources: list[Path], resume: bool) -> None:
     """Make the run's folder and its `config.json`, or see that the run in it is the same one."""
-    config = out / "config.json"
-    if config.is_file():
-        if not resume:
-            raise OutputError(f"`{out}`: holds a run already; pass --resume to go on, or another --out")
-        found = read_settings(config)
-        for name, value in asdict(settings).items():
-            if getattr(found, name) != value:
-                raise OutputError(
-                    f"`{out}`: its run has {name} = {getattr(found, name)}, now {value} is asked for; "
-                    "give the same options to resume"
-                )
+    if goes_on(out, settings, resume):
         check_data(out, samples)
         return
     with ThreadPoolExecutor() as pool:  # a bad one would else show after hours, when its part has its turn
@@ -176,7 +166,28 @@ def claim(out: Path, settings: Settings, samples: list[Sample], sources: list[Pa
     description = json.dumps(describe(settings, samples, sources), indent=1)
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    write_text(config, description)
+    write_text(out / "config.json", description)
+
+
+def goes_on(out: Path, settings: Settings, resume: bool) -> bool:
+    """Whether `out` holds a run already, which is then the one that is asked for.
+
+    Raises:
+        OutputError: it is another one, or `resume` was not asked for.
+    """
+    config = out / "config.json"
+    if not config.is_file():
+        return False
+    if not resume:
+        raise OutputError(f"`{out}`: holds a run already; pass --resume to go on, or another --out")
+    found = read_settings(config)
+    for name, value in asdict(settings).items():
+        if getattr(found, name) != value:
+            raise OutputError(
+                f"`{out}`: its run has {name} = {getattr(found, name)}, now {value} is asked for; "
+                "give the same options to resume"
+            )
+    return True
 
 
 def check_data(out: Path, samples: list[Sample]) -> None:
