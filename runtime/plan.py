@@ -17,8 +17,10 @@ from nsam.runtime.settings import Settings
 from nsam.runtime.slides import level_for
 
 _TRIAL_SECONDS = 2.0
-#: Bytes of the default outputs, measured on slides at .25 and .5 µm/px: GeoJSON and CSV of a nucleus, labels of a px.
-_BYTES_PER_NUCLEUS, _BYTES_PER_PX = 1100, 0.06
+#: Bytes of the outputs by their names, as measured on two slides.
+_BYTES_PER_NUCLEUS = {"geojson": 720, "annotations": 720, "geojson.gz": 130, "csv": 90, "parquet": 60}
+_BYTES_PER_PX = {"labels": 0.06, "ometiff": 0.07}
+_BYTES_EACH = {"overlay": 900_000, "heatmap": 100_000}
 _NUCLEI_PER_MM2 = 3000  # of H&E; lymphocytes reach three times as many
 
 
@@ -52,7 +54,12 @@ def dry_run(settings: Settings) -> int:
             continue
         total = sum(map(len, frame.tiles))
         nuclei = area_px * frame.mpp**2 / 1e6 * _NUCLEI_PER_MM2
-        size = nuclei * _BYTES_PER_NUCLEUS + width * height * _BYTES_PER_PX
+        size = sum(
+            nuclei * _BYTES_PER_NUCLEUS.get(name, 0)
+            + width * height * _BYTES_PER_PX.get(name, 0)
+            + _BYTES_EACH.get(name, 0)
+            for name in settings.outputs
+        )
         tiles, disk, seconds = tiles + wanted, disk + size, seconds + needed
         click.echo(
             f"{source.path}: {width} x {height} px, {frame.mpp:.4g} µm/px ({mpp_source}), level {level}, "

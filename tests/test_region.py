@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,3 +235,16 @@ def test_dry_run_tells_and_writes_nothing(infer: Callable[..., Result], png: Pat
     assert "would fail (open)" in result.stderr
     assert "1 slides, 1 would fail" in result.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_tells_the_disk_of_what_is_asked_for(
+    infer: Callable[..., Result], data_dir: Path, tmp_path: Path
+) -> None:
+    slide = data_dir / "slides" / "hgsc_nest.jpg"
+    told = {
+        outputs: float(
+            re.findall(r"and (\d+) MB", infer(slide, "--mpp", 0.5, "--dry-run", "--outputs", outputs).stdout)[-1]
+        )
+        for outputs in ("csv", "csv,geojson", "csv,geojson,overlay")
+    }
+    assert told["csv"] < told["csv,geojson"] < told["csv,geojson,overlay"] < 5
