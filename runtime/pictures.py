@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from nsam.runtime.measure import Nucleus
 from nsam.runtime.region import Region
 from nsam.runtime.sinks import Add
+from nsam.runtime.tiles import Box
 
 _THUMBNAIL_PX = 420
 _HEATMAP_PX = 1200
@@ -157,10 +158,15 @@ def _outlined(image: NDArray[np.uint8], region: Region) -> NDArray[np.uint8]:
     """The slide with a line around the region, unless that is all of it."""
     height, width = image.shape[:2]
     across, down = width / region.size_wh[0], height / region.size_wh[1]
-    inside = np.zeros((height, width), np.uint8)
-    rows = slice(round(region.box.y0 * down), round(region.box.y1 * down))
-    columns = slice(round(region.box.x0 * across), round(region.box.x1 * across))
-    inside[rows, columns] = cv2.resize(region.mask.view(np.uint8), (width, height))[rows, columns]
+
+    def px(box: Box) -> tuple[slice, slice]:
+        return slice(round(box.y0 * down), round(box.y1 * down)), slice(round(box.x0 * across), round(box.x1 * across))
+
+    shown, inside = (np.zeros((height, width), np.uint8) for _ in range(2))
+    part = shown[px(region.shown)]
+    if part.size:
+        part[:] = cv2.resize(region.mask.view(np.uint8), part.shape[::-1])
+    inside[px(region.box)] = shown[px(region.box)]
     lines, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     return image if inside.all() else np.asarray(cv2.drawContours(image, lines, -1, _REGION_RGB, 1))
 

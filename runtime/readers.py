@@ -40,8 +40,11 @@ class OpenSlideSlide(Slide):
             self.level_whs = list(self._slide.level_dimensions)
             properties = self._slide.properties
             mpp = openslide_mpp(properties)
-            x, y = (int(properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy")
+            x, y, width, height = (
+                int(properties.get(f"openslide.bounds-{n}", 0)) for n in ("x", "y", "width", "height")
+            )
             self.origin_xy = (x, y)
+            self.scanned_wh = (width, height) if width > 0 and height > 0 else None
         self.path = path
         self.mpp, self.mpp_source = mpp
         self._piece = _kept(self._read_piece, _LATTICE_PX**2)

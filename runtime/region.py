@@ -25,19 +25,22 @@ class Region:
     """Nuclei are wanted where the mask is True and inside the rectangle.
 
     Attributes:
-        mask: (h, w) bool, stretched over the whole slide; of any resolution.
-        box: level-0 px.
+        mask: (h, w) bool, stretched over `shown`; of any resolution.
+        box: level-0 px, inside `shown`.
         size_wh: the slide's, level-0 px.
+        shown: level-0 px; the whole slide, or the part of it that was scanned.
     """
 
     mask: NDArray[np.bool_]
     box: Box
     size_wh: tuple[int, int]
+    shown: Box
 
     @classmethod
     def whole(cls, size_wh: tuple[int, int]) -> Region:
         """All of a slide."""
-        return cls(np.ones((1, 1), bool), Box(0, 0, *size_wh), size_wh)
+        whole = Box(0, 0, *size_wh)
+        return cls(np.ones((1, 1), bool), whole, size_wh, whole)
 
     @classmethod
     def of(
@@ -54,7 +57,8 @@ class Region:
         Args:
             slide: see there.
             mpp: its µm per level-0 px.
-            mask: an image, not black where nuclei are wanted; in place of the tissue mask.
+            mask: an image, not black where nuclei are wanted; in place of the tissue mask. Its shape is the slide's, or
+                that of the scanned part, which is all that QuPath shows.
             tissue: whether to look for tissue.
             roi: x, y, width and height of a rectangle, level-0 px.
 
@@ -62,7 +66,7 @@ class Region:
             InputError: slide or mask cannot be read, the mask has another shape, or the rectangle lies outside.
         """
         width, height = slide.size_wh
-        box = Box(0, 0, width, height)
+        whole = box = Box(0, 0, width, height)
         if roi:
             x, y, w, h = roi
             box = Box(x, y, x + w, y + h).clipped(width, height)
@@ -71,12 +75,15 @@ class Region:
                     f"`{slide.path}`: --roi {x} {y} {w} {h} lies outside the slide of {width} x {height} px"
                 )
         if mask:
-            return cls(read_mask(mask, slide.size_wh), box, slide.size_wh)
+            drawn = read_mask(mask)
+            shown = _shown_by(drawn.shape, slide, mask)
+            box = Box(max(box.x0, shown.x0), max(box.y0, shown.y0), min(box.x1, shown.x1), min(box.y1, shown.y1))
+            return cls(drawn, box, slide.size_wh, shown)
         longest = max(width, height)
         if not tissue or longest * mpp < _SMALLEST_UM:
-            return cls(np.ones((1, 1), bool), box, slide.size_wh)
+            return cls(np.ones((1, 1), bool), box, slide.size_wh, whole)
         overview = read_overview(slide, min(_MASK_PX, max(1, round(longest * mpp / RESOLUTION_UM))))
-        return cls(find_tissue(overview, longest * mpp / max(overview.shape[:2])), box, slide.size_wh)
+        return cls(find_tissue(overview, longest * mpp / max(overview.shape[:2])), box, slide.size_wh, whole)
 
     def meets(self, box: Box) -> bool:
         """Whether a nucleus is wanted anywhere in a box (level-0 px)."""
@@ -84,29 +91,32 @@ class Region:
         y0, y1 = max(box.y0, self.box.y0), min(box.y1, self.box.y1)
         if x0 >= x1 or y0 >= y1:
             return False
-        (height, width), (full_w, full_h) = self.mask.shape, self.size_wh
-        rows = slice(y0 * height // full_h, -(-y1 * height // full_h))
-        columns = slice(x0 * width // full_w, -(-x1 * width // full_w))
+        (height, width), shown = self.mask.shape, self.shown
+        top, bottom, left, right = y0 - shown.y0, y1 - shown.y0, x0 - shown.x0, x1 - shown.x0
+        rows = slice(top * height // shown.height, -(-bottom * height // shown.height))
+        columns = slice(left * width // shown.width, -(-right * width // shown.width))
         return bool(self.mask[rows, columns].any())
 
     def holds(self, x: float, y: float) -> bool:
         """Whether the nucleus with this centroid (level-0 px) is wanted."""
         if not (self.box.x0 <= x < self.box.x1 and self.box.y0 <= y < self.box.y1):
             return False
-        (height, width), (full_w, full_h) = self.mask.shape, self.size_wh
-        return bool(self.mask[int(y * height / full_h), int(x * width / full_w)])
+        (height, width), shown = self.mask.shape, self.shown
+        row, column = (y - shown.y0) * height / shown.height, (x - shown.x0) * width / shown.width
+        return bool(self.mask[int(row), int(column)])
 
     def shares(self, cell_px: float, rows: int, columns: int) -> NDArray[np.float32]:
         """Of each square cell of a grid from the slide's corner the share that is wanted: (rows, columns)."""
-        (height, width), (full_w, full_h) = self.mask.shape, self.size_wh
+        (height, width), shown, box = self.mask.shape, self.shown, self.box
 
-        def weights(count: int, length: int, low: int, high: int, cell: int) -> NDArray[np.float64]:
-            return _overlaps(count, length, *np.clip((cell * cell_px, (cell + 1) * cell_px), low, high))
+        def weights(count: int, span: tuple[int, int], low: int, high: int, cell: int) -> NDArray[np.float64]:
+            return _overlaps(count, span, *np.clip((cell * cell_px, (cell + 1) * cell_px), low, high))
 
-        across = np.array([weights(width, full_w, self.box.x0, self.box.x1, column) for column in range(columns)])
+        xs, ys = (shown.x0, shown.x1), (shown.y0, shown.y1)
+        across = np.array([weights(width, xs, box.x0, box.x1, column) for column in range(columns)])
         result = np.zeros((rows, columns), np.float32)
         for row in range(rows):
-            down = weights(height, full_h, self.box.y0, self.box.y1, row)
+            down = weights(height, ys, box.y0, box.y1, row)
             some = np.flatnonzero(down)
             result[row] = across @ (down[some] @ self.mask[some]) / cell_px**2
         return result
@@ -114,17 +124,17 @@ class Region:
     @property
     def area_px(self) -> float:
         """Its area in level-0 px."""
-        (height, width), (full_w, full_h) = self.mask.shape, self.size_wh
-        rows = _overlaps(height, full_h, self.box.y0, self.box.y1)
-        columns = _overlaps(width, full_w, self.box.x0, self.box.x1)
+        (height, width), shown = self.mask.shape, self.shown
+        rows = _overlaps(height, (shown.y0, shown.y1), self.box.y0, self.box.y1)
+        columns = _overlaps(width, (shown.x0, shown.x1), self.box.x0, self.box.x1)
         return float(rows @ self.mask @ columns)
 
 
-def read_mask(path: Path, size_wh: tuple[int, int]) -> NDArray[np.bool_]:
+def read_mask(path: Path) -> NDArray[np.bool_]:
     """A mask that the user drew: (h, w) bool, False where every colour is 0, or nothing is painted.
 
     Raises:
-        InputError: it cannot be read, or its shape is not the slide's.
+        InputError: it cannot be read.
     """
     try:
         with warnings.catch_warnings():
@@ -140,15 +150,30 @@ def read_mask(path: Path, size_wh: tuple[int, int]) -> NDArray[np.bool_]:
     except Exception as error:  # codecs raise what they like
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"`{path}`: the mask cannot be read ({detail})") from error
-    mask = np.asarray(pixels if pixels.ndim == 2 else pixels.max(axis=2)) > 0
-    (height, width), (full_w, full_h) = mask.shape, size_wh
-    # A px more or less, as rounding at low resolution gives it, is no other shape.
-    if abs(width * full_h / full_w - height) > max(1.5, _SAME_SHAPE * height):
-        raise InputError(f"`{path}`: a mask of {width} x {height} px does not fit a slide of {full_w} x {full_h}")
-    return mask
+    return np.asarray(pixels if pixels.ndim == 2 else pixels.max(axis=2)) > 0
 
 
-def _overlaps(count: int, length: int, start: int, end: int) -> NDArray[np.float64]:
-    """Level-0 px of each of `count` mask px that lie in [start, end)."""
-    borders = np.clip(np.arange(count + 1) * length / count, start, end)
+def _shown_by(shape: tuple[int, ...], slide: Slide, path: Path) -> Box:
+    """What a mask of (h, w) shows, by its shape: the scanned part, or the whole slide; level-0 px.
+
+    Raises:
+        InputError: it has another shape.
+    """
+    height, width = shape
+    (x, y), (full_w, full_h) = slide.origin_xy, slide.size_wh
+    boxes = [Box(0, 0, full_w, full_h)]
+    if slide.scanned_wh:
+        boxes.insert(0, Box(x, y, x + slide.scanned_wh[0], y + slide.scanned_wh[1]).clipped(full_w, full_h))
+    for box in boxes:
+        # A px more or less, as rounding at low resolution gives it, is no other shape.
+        if abs(width * box.height / box.width - height) <= max(1.5, _SAME_SHAPE * height):
+            return box
+    sizes = " nor a scanned part of ".join(f"{box.width} x {box.height}" for box in reversed(boxes))
+    raise InputError(f"`{path}`: a mask of {width} x {height} px does not fit a slide of {sizes}")
+
+
+def _overlaps(count: int, span: tuple[int, int], start: int, end: int) -> NDArray[np.float64]:
+    """Level-0 px of each of `count` mask px, which share out `span`, that lie in [start, end)."""
+    first, last = span
+    borders = np.clip(first + np.arange(count + 1) * (last - first) / count, start, end)
     return np.diff(borders)

@@ -39,6 +39,8 @@ class Slide(Protocol):
     level_whs: list[tuple[int, int]]  # (width, height) of each level
     #: Where the scanned part begins, level-0 px. QuPath shows only that part, and counts from its corner.
     origin_xy: tuple[int, int] = (0, 0)
+    #: Width and height of the scanned part, level-0 px, where the file says that it is less than the canvas.
+    scanned_wh: tuple[int, int] | None = None
 
     def __hash__(self) -> int:
         return id(self)

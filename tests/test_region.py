@@ -19,6 +19,8 @@ from scipy import ndimage
 
 import nsam.runtime
 from nsam.runtime.cli import main
+from nsam.runtime.errors import InputError
+from nsam.runtime.pictures import _outlined
 from nsam.runtime.region import Region
 from nsam.runtime.slides import ArraySlide, open_slide, read_overview
 from nsam.runtime.tiles import Box
@@ -182,10 +184,38 @@ def test_another_mask_is_another_run(infer: Callable[..., Result], png: Path, tm
 def test_a_region_knows_its_area() -> None:
     mask = np.zeros((2, 4), bool)
     mask[1, 1:] = True
-    region = Region(mask, Box(150, 20, 380, 180), (400, 200))
+    region = Region(mask, Box(150, 20, 380, 180), (400, 200), Box(0, 0, 400, 200))
     assert region.area_px == (380 - 150) * (180 - 100)
     assert [region.meets(Box(0, 0, 160, y)) for y in (100, 101)] == [False, True]
     assert [region.holds(*xy) for xy in ((150, 100), (149.9, 100), (150, 99.9))] == [True, False, False]
+
+
+@pytest.mark.parametrize("scanned", [(1000, 2000), (900, 1100)])
+def test_a_mask_of_the_scanned_part_lies_on_it(tmp_path: Path, scanned: tuple[int, int]) -> None:
+    """QuPath shows that part of a MIRAX canvas alone; masks made in it have its shape, or even the canvas's."""
+    slide = ArraySlide(np.full((4000, 2000, 3), 230, np.uint8), Path("m.mrxs"), 0.25)
+    slide.origin_xy, slide.scanned_wh = (500, 1000), scanned
+    width, height = scanned[0] // 10, scanned[1] // 10
+    drawn = np.zeros((height, width), np.uint8)
+    drawn[: height // 10, : width // 10] = 255
+    Image.fromarray(drawn).save(tmp_path / "m.png")
+    region = Region.of(slide, 0.25, mask=tmp_path / "m.png")
+    assert [region.holds(*xy) for xy in ((501, 1001), (499, 1001), (100, 100), (500 + scanned[0] / 9, 1001))] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert region.area_px == (height // 10) * (width // 10) * 100
+    assert region.meets(Box(0, 0, 510, 1010))
+    assert not region.meets(Box(0, 0, 500, 4000))
+    assert region.shares(500, 8, 4).sum() == pytest.approx(region.area_px / 500**2)
+    assert region.shares(500, 8, 4)[2, 1] > 0
+    thumbnail = _outlined(np.zeros((400, 200, 3), np.uint8), region)
+    assert np.argwhere(thumbnail.any(axis=2)).min(axis=0).tolist() == [100, 50]
+    Image.new("L", (150, 100)).save(tmp_path / "m.png")
+    with pytest.raises(InputError, match=rf"fit a slide of 2000 x 4000 nor a scanned part of {scanned[0]} x"):
+        Region.of(slide, 0.25, mask=tmp_path / "m.png")
 
 
 # A table

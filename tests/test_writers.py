@@ -316,7 +316,7 @@ def test_density_is_of_what_was_looked_at(tmp_path: Path, by: str) -> None:
     mask[33:147, 51:298] = True
     if by == "rectangle":
         box, mask = Box(510, 330, 2980, 1470), np.ones((1, 1), bool)
-    region = Region(mask, box, (4000, 2000))
+    region = Region(mask, box, (4000, 2000), Box(0, 0, 4000, 2000))
     density = Density((4000, 2000), 0.5, region)
     for column, row in zip(x, y, strict=True):
         if region.holds(column, row):
