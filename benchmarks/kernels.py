@@ -1,6 +1,7 @@
-"""The kernels beside the network on 1 Mpx of real tissue: `pytest benchmarks/kernels.py --benchmark-autosave`.
+"""The kernels beside the network on 1 Mpx of real tissue: `pytest -n 0 benchmarks/kernels.py --benchmark-autosave`.
 
-`--benchmark-compare` against an earlier run shows a regression. Medians in ms are ms/Mpx.
+`--benchmark-compare` against an earlier run shows a regression. Medians in ms are ms/Mpx. Without `-n 0` setup.cfg
+spreads tests over processes, and pytest-benchmark then measures nothing.
 """
 
 from __future__ import annotations
