@@ -128,9 +128,9 @@ def attach(watch: Watch, engine: engines.Engine) -> None:
     # Who makes the items, how long they wait for a place in the queue, and how long the queue's reader for them.
     queues = {"batches": ("stack a batch", READERS, TILES), "map_rows": ("fill the maps", MAPS_FULL, MAPS)}
 
-    def prefetch(items: Any, depth: int) -> Any:
+    def prefetch(items: Any, *options: Any) -> Any:
         made, full, empty = queues[items.__name__]
-        return watch.items(real(watch.items(items, made, full), depth), empty)
+        return watch.items(real(watch.items(items, made, full), *options), empty)
 
     pipeline.prefetch = prefetch
 

@@ -11,6 +11,7 @@ from itertools import product
 import click
 import torch
 
+from nsam.runtime.errors import NsamError
 from nsam.runtime.options import Command
 from nsam.train.checkpoint import build_model
 from nsam.train.cli import pick_device
@@ -74,7 +75,12 @@ def main(
         torch.set_num_threads(threads)
     place = pick_device(device)
     for what, working, size in product(tune, precision, batch):
-        settings = replace(NSAM, base="none", tune=what, precision=working, batch=size, crop=crop)
+        try:
+            # LoRA and the decoder alone are only tuned on weights that something has trained.
+            base = "none" if what == "full" else "default"
+            settings = replace(NSAM, base=base, tune=what, precision=working, batch=size, crop=crop)
+        except ValueError as error:
+            raise NsamError(str(error)) from error
         print(json.dumps(measure(settings, place, steps)), flush=True)
 
 
