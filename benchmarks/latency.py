@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -17,7 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from arithmetic import matrix_rate, multiplications
+from common_options import json_option, numbers
+from peak_memory import peak_mb
 
+from nsam.runtime.errors import InputError
 from nsam.runtime.options import Command
 
 DEVICES = (
@@ -31,25 +34,24 @@ DEVICES = (
     "tensorrt:fp16",
 )
 WARM_UP = 3
-MATRIX = 2048
 
 
 @click.command(cls=Command, context_settings={"show_default": True})
 @click.option("--model", type=click.Path(path_type=Path), help="A folder made by nsam-export. [default: nsam's own]")
 @click.option("--engines", default=",".join(DEVICES), help="device:precision, separated by commas.")
-@click.option("--batches", default="1,4", help="Tiles a pass, separated by commas.")
-@click.option("--sizes", help="Sides of the tiles, px, separated by commas. [default: 448]")
+@click.option("--batches", callback=numbers(int), default="1,4", help="Tiles a pass, separated by commas.")
+@click.option("--sizes", callback=numbers(int), help="Sides of the tiles, px, separated by commas. [default: 448]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
 @click.option("--passes", type=click.IntRange(1), default=20, help="Timed passes, after 3 that are not.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+@json_option
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw them here.")
 @click.option("--compare", type=click.Path(path_type=Path, exists=True), help="JSON of an earlier run: print ratios.")
 @click.option("--one", hidden=True, help="What the processes are started with.")
 def main(
     model: Path | None,
     engines: str,
-    batches: str,
-    sizes: str | None,
+    batches: tuple[int, ...],
+    sizes: tuple[int, ...] | None,
     threads: int | None,
     passes: int,
     json_path: Path | None,
@@ -62,8 +64,9 @@ def main(
         device, precision, batch, size = one.split(":")
         print(json.dumps(measure(model, device, precision, int(batch), int(size), threads, passes)))
         return
+    before = read_times(compare) if compare else None
     rows, missing = [], []
-    for engine, batch, size in itertools.product(engines.split(","), batches.split(","), (sizes or "0").split(",")):
+    for engine, batch, size in itertools.product(engines.split(","), batches, sizes or (0,)):
         click.echo(f"{engine}, batch {batch} ...", err=True)
         row = in_process(model, f"{engine}:{batch}:{size}", threads, passes)
         if "error" in row:
@@ -79,9 +82,11 @@ def main(
         "rows": rows,
         "missing": sorted(set(missing)),
     }
-    show(result, json.loads(compare.read_text(encoding="utf-8")) if compare else None)
+    show(result, before)
     if json_path:
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if not rows:
+        raise click.ClickException("no engine could be timed")
     if plot:
         draw(rows, plot)
 
@@ -128,8 +133,7 @@ def measure(
     begin = time.perf_counter()
     list(engine.run_all([images] * passes))
     tiles = batch * passes / (time.perf_counter() - begin)
-    # Taken before the multiplications are counted, which needs more.
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    peak = peak_mb()  # taken before the multiplications are counted, which needs more
     return {
         "engine": f"{device}:{precision}",
         "device": engine.device,
@@ -141,77 +145,37 @@ def measure(
         "tiles_per_s": tiles,
         "mm2_per_s": tiles * (kept_um / 1000) ** 2,
         "gflop_per_s": tiles * 2 * multiplications(model, size) / 1e9,
-        "peak_mb": peak_mb,
+        "peak_mb": peak,
         "start_to_first_result_s": first,
     }
 
 
-def multiplications(model: Path | None, size: int) -> int:
-    """Multiply-adds of matrix products and convolutions for one tile of a size, from the graph's shapes."""
-    import onnx
-    import onnxsim
-    from onnx import numpy_helper
+def read_times(path: Path) -> dict[tuple[str, int, int], float]:
+    """Of an earlier run's JSON: engine, batch and size -> its p50.
 
-    import nsam.runtime
-
-    folder = model or Path(nsam.runtime.__file__).parent / "default_model"
-    # With its shapes fixed, onnxsim computes what depends on them, so that each node's can be told.
-    fixed = {"image": [1, size, size, 3]}
-    graph, _ = onnxsim.simplify(onnx.load(folder / "model.onnx"), check_n=0, overwrite_input_shapes=fixed)
-    graph = onnx.shape_inference.infer_shapes(graph, data_prop=True)
-    values = [*graph.graph.value_info, *graph.graph.output, *graph.graph.input]
-    shapes = {v.name: [max(1, d.dim_value) for d in v.type.tensor_type.shape.dim] for v in values}
-    shapes |= {t.name: list(numpy_helper.to_array(t).shape) for t in graph.graph.initializer}
-    total = 0
-    for node in graph.graph.node:
-        if node.op_type not in ("Gemm", "MatMul", "Conv", "ConvTranspose"):
-            continue
-        attributes = {a.name: a for a in node.attribute}
-        a, b, out = (shapes[name] for name in (node.input[0], node.input[1], node.output[0]))
-        if node.op_type == "Conv":
-            each = product(b[1:])
-        elif node.op_type == "ConvTranspose":
-            out, each = a, product(b[1:])
-        else:
-            each = a[-2] if "transA" in attributes and attributes["transA"].i else a[-1]
-        total += product(out) * each
-    return total
+    Raises:
+        InputError: it is not of this benchmark.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return {(row["engine"], row["batch"], row["size"]): float(row["p50_ms"]) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"`--compare {path}`: not what latency.py --json has written; name a file of its") from error
 
 
-def product(sides: list[int]) -> int:
-    """Their product."""
-    result = 1
-    for side in sides:
-        result *= side
-    return result
-
-
-def matrix_rate(threads: int | None) -> float:
-    """GFLOP/s of a large fp32 matrix product on the same threads: what this machine can do."""
-    count = str(threads or os.cpu_count() or 1)
-    code = (
-        f"import numpy as np, time; a = np.ones(({MATRIX}, {MATRIX}), np.float32); best = 9e9\n"
-        "for _ in range(12):\n b = time.perf_counter(); a @ a; best = min(best, time.perf_counter() - b)\n"
-        f"print(2 * {MATRIX} ** 3 / best / 1e9)"
-    )
-    env = {**os.environ, "OMP_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout)
-
-
-def show(result: dict[str, Any], old: dict[str, Any] | None) -> None:
-    """The table; with an earlier run's, the ratio of its p50 to this one's."""
-    before = {(row["engine"], row["batch"], row["size"]): row["p50_ms"] for row in old["rows"]} if old else {}
+def show(result: dict[str, Any], before: dict[tuple[str, int, int], float] | None) -> None:
+    """The table; with an earlier run's times, the ratio of its p50 to this one's."""
     print(f"{result['machine']['cpu']}; a 2048 x 2048 fp32 product: {result['fp32_matrix_gflop_per_s']:.0f} GFLOP/s\n")
     head = "| engine | batch | tile px | p50 ms | p95 | p99 | tiles/s | mm²/s | GFLOP/s | of peak | MB | start s |"
-    print(head + (" speed-up |" if old else ""))
-    print("|---" * (head.count("|") - 1 + bool(old)) + "|")
+    print(head + (" speed-up |" if before is not None else ""))
+    print("|---" * (head.count("|") - 1 + (before is not None)) + "|")
     for r in result["rows"]:
         line = (
             f"| {r['engine']} | {r['batch']} | {r['size']} | {r['p50_ms']:.0f} | {r['p95_ms']:.0f} | {r['p99_ms']:.0f} "
             f"| {r['tiles_per_s']:.2f} | {r['mm2_per_s']:.4f} | {r['gflop_per_s']:.0f} | {r['share_of_peak']:.2f} "
             f"| {r['peak_mb']:.0f} | {r['start_to_first_result_s']:.1f} |"
         )
-        if old:
+        if before is not None:
             ratio = before.get((r["engine"], r["batch"], r["size"]), float("nan")) / r["p50_ms"]
             line += f" {ratio:.2f} |"
         print(line)

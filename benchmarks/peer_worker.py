@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import tifffile
+from peak_memory import peak_mb
 
 WARM_UP, ROUNDS = 1, 3
 
@@ -200,7 +200,7 @@ def main() -> None:
     peers = {f.__name__: f for f in (nsam, stardist, instanseg, hovernet, hovernext, cellpose, classical)}
     row = peers[task](image, labels, float(mpp), int(threads))
     row["mm2"] = image.shape[0] * image.shape[1] * (float(mpp) / 1000) ** 2
-    row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    row["peak_mb"] = peak_mb()
     print(json.dumps(row))
 
 

@@ -6,26 +6,27 @@ Each run has a process of its own, so its peak memory is its alone. The network 
 from __future__ import annotations
 
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import click
 import numpy as np
-from PIL import Image
-from wholeslide import write_mosaic
+from common_options import device_option, json_option, numbers
+from peak_memory import peak_mb
+from wholeslide import check_scale, read_tissue, write_mosaic
 
 from nsam.runtime.inputs import Source
 from nsam.runtime.job import Job
 from nsam.runtime.options import Command
+from nsam.runtime.outcome import Failed
 from nsam.runtime.settings import Device, Settings
-from nsam.runtime.slides import open_slide
 
 #: Side of a square of glass, px of the tissue: large against a nucleus, small against the network's tile.
 GLASS_PX = 64
@@ -44,30 +45,15 @@ class Case:
     workers: int = 1
 
 
-def numbers(kind: Callable[[str], Any]) -> Callable[..., tuple[Any, ...]]:
-    """A callback for positive numbers separated by commas."""
-
-    def read(context: click.Context, option: click.Parameter, text: str) -> tuple[Any, ...]:
-        try:
-            found = tuple(kind(number) for number in text.split(","))
-        except ValueError:
-            found = ()
-        if not found or min(found) <= 0:
-            raise click.BadParameter(f"numbers above 0, separated by commas, are wanted, not `{text}`")
-        return found
-
-    return read
-
-
 @click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("slides", nargs=-1, required=True, metavar="SLIDE...", type=click.Path(path_type=Path, exists=True))
 @click.option("--sides", callback=numbers(int), default="2048,4096,8192", help="Of the mosaics, px of .25 µm.")
 @click.option("--shares", callback=numbers(float), default="1,.5,.25", help="Of the tissue; the rest is made glass.")
 @click.option("--threads", callback=numbers(int), default="1,2", help="Of the network.")
 @click.option("--workers", callback=numbers(int), default="1,2", help="Threads that separate nuclei.")
-@click.option("--device", type=click.Choice(get_args(Device)), default="auto", help="What runs the network.")
+@device_option
 @click.option("--rounds", type=click.IntRange(1), default=1, help="Runs of each case; the fastest counts.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+@json_option
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw them here.")
 def main(
     slides: tuple[Path, ...],
@@ -85,6 +71,8 @@ def main(
     Sizes take the first number of threads and workers; threads and density the middle size. Density is that of each
     SLIDE, and of the first with squares of it made glass. Without a tissue mask the network sees all of each slide.
     """
+    for slide in slides:
+        check_scale(slide)
     first, middle = (threads[0], workers[0]), sorted(sides)[len(sides) // 2]
     sweeps = {
         "size": [Case(slides[0], side, 1.0, *first) for side in sides],
@@ -117,7 +105,10 @@ def main(
 def apart(function: Callable[..., _T], *arguments: Any) -> _T:
     """Its result, from a new process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise click.ClickException("the process of this case was killed, by too little memory mostly") from error
 
 
 def measure(case: Case, device: Device, slide: Path) -> dict[str, Any]:
@@ -133,8 +124,11 @@ def measure(case: Case, device: Device, slide: Path) -> dict[str, Any]:
         )
         job = Job.of(settings)
         engine = job.engine()
-        with job.opened(Source(slide)) as (_, frame, _):
-            size = frame.tile_px
+        try:
+            with job.opened(Source(slide)) as (_, frame, _):
+                size = frame.tile_px
+        except Failed as failure:
+            raise click.ClickException(failure.reason) from failure
         images = np.zeros((engine.card.input.scaled(settings.batch, size), size, size, 3), np.uint8)
         list(engine.run_all([images, images]))
         before = peak_mb()
@@ -156,22 +150,14 @@ def measure(case: Case, device: Device, slide: Path) -> dict[str, Any]:
     }
 
 
-def peak_mb() -> float:
-    """Of this process until now."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-
-
 def make(case: Case, path: Path) -> None:
     """The pyramid of a case, squares of its tissue made glass at random."""
-    with open_slide(case.tissue) as slide:
-        image = slide.read_region(0, 0, 0, *slide.size_wh).copy()
+    image = read_tissue(case.tissue)
     rows, columns = (-(-side // GLASS_PX) for side in image.shape[:2])
     order = np.random.default_rng(0).permutation(rows * columns).reshape(rows, columns)
     glass = np.kron(order >= case.share * order.size, np.ones((GLASS_PX, GLASS_PX), bool))
     image[glass[: image.shape[0], : image.shape[1]]] = _GLASS_RGB
-    tissue = path.with_suffix(".png")
-    Image.fromarray(image).save(tissue, compress_level=1)
-    write_mosaic(tissue, path, case.side, case.side)
+    write_mosaic(image, path, case.side, case.side)
 
 
 def growth(found: dict[str, list[dict[str, Any]]]) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import cv2
 import numpy as np
+from common_options import json_option
 from flooding import flooded
 from numpy.typing import NDArray
 
@@ -84,7 +85,7 @@ class Case:
 @click.option("--fold", type=click.IntRange(0, 4), help="Only the test part of this official fold. [default: all]")
 @click.option("--every", type=click.IntRange(1), default=1, help="Only every so many images.")
 @click.option("--block/--no-block", default=True, help=f"Also time each image repeated to a block of {BLOCK_PX} px.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+@json_option
 def main(
     data: Path, model: Path | None, mpp: float | None, fold: int | None, every: int, block: bool, json_path: Path | None
 ) -> None:

@@ -11,10 +11,11 @@ import tempfile
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import numpy as np
+from common_options import device_option, json_option, precision_option
 from watching import Watch
 
 from nsam.runtime import engines, job, pipeline, writers
@@ -22,7 +23,7 @@ from nsam.runtime.bands import BandStore
 from nsam.runtime.inputs import Source
 from nsam.runtime.options import Command, names_of
 from nsam.runtime.outcome import Failed
-from nsam.runtime.settings import OUTPUTS, Device, Precision, Settings
+from nsam.runtime.settings import OUTPUTS, Settings
 
 #: Part of the pipeline, each in a thread of its own (`separate`: in `--workers`), and its stages.
 PARTS = {
@@ -48,13 +49,13 @@ READERS, TILES, MAPS_FULL, MAPS, NUCLEI = WAITS = (
 @click.argument("slide", type=click.Path(path_type=Path, exists=True))
 @click.option("--mpp", type=float, help="Scale of the slide, µm/px. [default: from its metadata]")
 @click.option("--model", type=click.Path(path_type=Path), help="A folder made by nsam-export. [default: nsam's own]")
-@click.option("--device", type=click.Choice(get_args(Device)), default="auto", help="What runs the network.")
-@click.option("--precision", type=click.Choice(get_args(Precision)), default="auto", help="Arithmetic of the network.")
+@device_option
+@precision_option
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of the network. [default: all cores]")
 @click.option("--workers", type=click.IntRange(1), help="Threads that separate nuclei. [default: half the cores]")
 @click.option("--batch", type=click.IntRange(1), default=Settings.batch, help="Tiles a pass of the network.")
 @click.option("--outputs", callback=names_of(OUTPUTS), default=",".join(Settings.outputs), help="What to write.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+@json_option
 def main(slide: Path, json_path: Path | None, **options: Any) -> None:
     """Segment SLIDE into a temporary folder, the network loaded and warm, and show where the time goes."""
     with tempfile.TemporaryDirectory() as out:

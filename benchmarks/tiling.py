@@ -12,6 +12,7 @@ import click
 import cv2
 import numpy as np
 import torch
+from common_options import json_option
 from numpy.typing import NDArray
 
 from nsam.runtime.card import ModelCard
@@ -57,7 +58,7 @@ CUTS = (
 @click.argument("slides", type=click.Path(path_type=Path, exists=True))
 @click.option("--model", type=click.Path(path_type=Path), help="A folder made by nsam-export. [default: nsam's own]")
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+@json_option
 def main(slides: Path, model: Path | None, threads: int, json_path: Path | None) -> None:
     """Segment regions of SLIDES with torch, cut in several ways; the reference is one pass over the region.
 

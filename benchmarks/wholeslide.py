@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -16,44 +15,73 @@ import click
 import cv2
 import numpy as np
 import tifffile
+from common_options import device_option
 from numpy.typing import NDArray
+from peak_memory import peak_mb
 from watching import Watch
 
+from nsam.runtime.card import sha256_of
+from nsam.runtime.errors import InputError, OutputError
+from nsam.runtime.files import output_errors, part_of
 from nsam.runtime.options import Command
+from nsam.runtime.slides import open_slide
 
 MPP = 0.25
+_TISSUE_MPP = 2 * MPP
+_MPP_DIFFERS = 0.1
 _TILE_PX = 512
 _TRIAL_TILES = 48
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("tissue", type=click.Path(path_type=Path, exists=True))
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--side", type=click.IntRange(1), default=60_000, show_default=True, help="Of the slide, px.")
+@click.option("--side", type=click.IntRange(1), default=60_000, help="Of the slide, px.")
 @click.option("--height", type=click.IntRange(1), help="Of the slide, px: memory follows the width. [default: SIDE]")
-@click.option("--device", default="auto", show_default=True)
-@click.option("--child", is_flag=True, hidden=True)
-def main(tissue: Path, folder: Path, side: int, height: int | None, device: str, child: bool) -> None:
+@device_option
+@click.option("--child", type=click.Path(path_type=Path), hidden=True, help="The mosaic, in the process that runs it.")
+def main(tissue: Path, folder: Path, side: int, height: int | None, device: str, child: Path | None) -> None:
     """Make a pyramid of TISSUE (a slide of .5 µm/px, twice as large, mirrored again and again) in FOLDER; segment it.
 
+    A pyramid that is there already is taken; results are written into FOLDER/wholeslide-out, in place of the last ones.
     `alone` is the network on as many tiles, by its rate before and after the run with nothing beside it.
     """
-    height = height or side
-    slide = folder / f"mosaic-{side}-{height}.tif"
+    out = folder / "wholeslide-out"
     if child:
-        click.echo(json.dumps(run(slide, folder / "out", device)))
+        click.echo(json.dumps(run(child, out, device)))
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    height = height or side
+    check_scale(tissue)
+    clear(out)
+    slide = folder / f"mosaic-{side}-{height}-{sha256_of(tissue)[:8]}.tif"
     if not slide.exists():
         click.echo(f"writing {slide}")
-        write_mosaic(tissue, slide, side, height)
-    shutil.rmtree(folder / "out", ignore_errors=True)
-    sizes = ["--side", str(side), "--height", str(height)]
-    command = [sys.executable, __file__, str(tissue), str(folder), *sizes, "--device", device, "--child"]
-    child_run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    figures = json.loads(child_run.stdout.splitlines()[-1])
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_mosaic(read_tissue(tissue), slide, side, height)
+    command = [sys.executable, __file__, str(tissue), str(folder), "--device", device, "--child", str(slide)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode < 0:
+        raise click.ClickException(f"the run was killed by signal {-done.returncode}, by too little memory mostly")
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
+    figures = json.loads(done.stdout.splitlines()[-1])
     for name, value in figures.items():
         click.echo(f"{name:28} {value:,.4g}" if isinstance(value, float) else f"{name:28} {value}")
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier run has left.
+
+    Raises:
+        OutputError: it is not of nsam-infer, or cannot be removed.
+    """
+    if not out.exists():
+        return
+    if not (out / "run.json").is_file():
+        raise OutputError(f"`{out}`: would be removed, but no run has made it (it has no run.json); move it away")
+    with output_errors(out):
+        shutil.rmtree(out)
 
 
 def run(slide: Path, out: Path, device: str) -> dict[str, Any]:
@@ -61,13 +89,17 @@ def run(slide: Path, out: Path, device: str) -> dict[str, Any]:
     from nsam.runtime import batch, pipeline
     from nsam.runtime.inputs import Source
     from nsam.runtime.job import Job
+    from nsam.runtime.outcome import Failed
     from nsam.runtime.settings import Settings
 
     settings = Settings(inputs=(str(slide),), out=out, device=device)  # type: ignore[arg-type]
     job = Job.of(settings)
     engine = job.engine()
-    with job.opened(Source(slide)) as (_, frame, _):
-        size = frame.tile_px
+    try:
+        with job.opened(Source(slide)) as (_, frame, _):
+            size = frame.tile_px
+    except Failed as failure:
+        raise click.ClickException(failure.reason) from failure
     before = seconds_per_tile(engine, size, settings.batch)
     watch = Watch()
     watch.function(pipeline, "read_input", "read")
@@ -75,7 +107,7 @@ def run(slide: Path, out: Path, device: str) -> dict[str, Any]:
     watch.function(pipeline, "block_nuclei", "separate and measure")
     begin, cpu_begin, own_begin = time.perf_counter(), time.process_time(), time.thread_time()
     if batch.run(settings):
-        raise SystemExit("the run failed")
+        sys.exit(1)  # it has said why
     seconds, cpu_all = time.perf_counter() - begin, time.process_time() - cpu_begin
     cpu = {name: stage.cpu_s for name, stage in watch.stages.items()}
     cpu["assemble and write, tissue mask"] = time.thread_time() - own_begin
@@ -96,7 +128,7 @@ def run(slide: Path, out: Path, device: str) -> dict[str, Any]:
         "network alone, seconds": alone,
         "beyond it": seconds / alone - 1,
         "network before, after, ms": f"{1000 * before:.1f}, {1000 * after:.1f}",
-        "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak memory, MB": peak_mb(),
         "results, MB": written / 1e6,
         **{f"CPU: {name}": f"{value:.1f} s, {value / cpu_all:.1%}" for name, value in cpu.items()},
     }
@@ -113,14 +145,33 @@ def seconds_per_tile(engine: Any, size: int, batch: int) -> float:
     return (time.perf_counter() - begin) / (passes * batch)
 
 
-def write_mosaic(tissue: Path, path: Path, width: int, height: int) -> None:
-    """A tiled pyramid, JPEG, levels 1, 4 and 16."""
-    from nsam.runtime.slides import open_slide
+def check_scale(tissue: Path) -> None:
+    """Refuse tissue whose scale is known and another than what mosaics are labelled by.
 
+    Raises:
+        InputError: it is, or it cannot be opened.
+    """
     with open_slide(tissue) as slide:
-        image = slide.read_region(0, 0, 0, *slide.size_wh).copy()
+        mpp = slide.mpp
+    if mpp and abs(mpp / _TISSUE_MPP - 1) > _MPP_DIFFERS:
+        raise InputError(f"`{tissue}`: tissue of about {_TISSUE_MPP} µm/px is wanted, it has {mpp:g}; pass another")
+
+
+def read_tissue(tissue: Path) -> NDArray[np.uint8]:
+    """All of it, (H, W, 3) RGB."""
+    with open_slide(tissue) as slide:
+        return slide.read_region(0, 0, 0, *slide.size_wh).copy()
+
+
+def write_mosaic(image: NDArray[np.uint8], path: Path, width: int, height: int) -> None:
+    """A tiled pyramid of tissue, JPEG, levels 1, 4 and 16; `path` appears whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     image = cv2.resize(image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
-    with tifffile.TiffWriter(path, bigtiff=True) as tif:
+    part = part_of(path)
+    with output_errors(path), tifffile.TiffWriter(part, bigtiff=True) as tif:
         for level, shrink in enumerate((1, 4, 16)):
             small = cv2.resize(image, None, fx=1 / shrink, fy=1 / shrink, interpolation=cv2.INTER_AREA)
             shape = (-(-height // shrink), -(-width // shrink), 3)
@@ -138,6 +189,7 @@ def write_mosaic(tissue: Path, path: Path, width: int, height: int) -> None:
                 subifds=2 if level == 0 else None,
                 maxworkers=1,
             )
+    part.replace(path)
 
 
 def tiles_of(image: NDArray[np.uint8], width: int, height: int) -> Iterator[NDArray[np.uint8]]:

@@ -13,9 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import wholeslide
 from click.testing import CliRunner, Result
+from latency import read_times
 from numpy.typing import NDArray
+from PIL import Image
+from wholeslide import write_mosaic
 
+from nsam.runtime import pipeline
+from nsam.runtime.slides import open_slide
 from nsam.train.lineage import SEEN_NAME
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -82,3 +88,114 @@ def test_training_refuses_in_one_line() -> None:
     result = invoke("training", "--crop", 40)
     assert result.exit_code == 2
     assert result.stderr == "Error: `crop` must be a multiple of 16, is 40\n"
+
+
+def test_latency_of_an_engine_against_an_earlier_run(tiny_model: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    options = ["--model", tiny_model, "--engines", "cpu:fp32", "--batches", 1, "--sizes", 64, "--passes", 1]
+    output_of("latency", *options, "--threads", 1, "--json", figures)
+    (row,) = json.loads(figures.read_text(encoding="utf-8"))["rows"]
+    assert row["p50_ms"] > 0
+    assert row["peak_mb"] > 20
+    assert read_times(figures) == {("cpu:fp32", 1, 64): row["p50_ms"]}
+
+
+def test_latency_refuses_before_the_work(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.json"
+    for content in ("[1]", "{}", "no JSON", '{"rows": [{"engine": "cpu:fp32"}]}'):
+        foreign.write_text(content, encoding="utf-8")
+        result = invoke("latency", "--compare", foreign)
+        assert result.exit_code == 2
+        assert "not what latency.py --json has written" in result.stderr
+    for text in ("x", "0", "1,"):
+        result = invoke("latency", "--batches", text)
+        assert result.exit_code == 2
+        assert f"not `{text}`" in result.stderr
+    result = invoke("latency", "--engines", "abacus:fp32", "--json", tmp_path / "missing" / "figures.json")
+    assert result.exit_code == 2
+    assert "cannot be written" in result.stderr
+
+
+def test_latency_of_nothing_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latency.matrix_rate", lambda threads: 1.0)
+    result = invoke("latency", "--engines", "abacus:fp32", "--batches", 1)
+    assert result.exit_code == 1
+    assert result.stderr.endswith("Error: no engine could be timed\n")
+
+
+def test_a_mosaic_appears_whole(example: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mosaic.tif"
+    write_mosaic(example, path, 1200, 700)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    with open_slide(path) as slide:
+        assert slide.size_wh == (1200, 700)
+        assert slide.mpp == pytest.approx(0.25)
+    path.unlink()
+    monkeypatch.setattr("wholeslide.tiles_of", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_mosaic(example, path, 1200, 700)
+    assert not path.exists()
+
+
+def test_a_mosaic_is_of_its_tissue(example: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another input of the same size is another file, and only results of a run are removed."""
+    commands: list[list[str]] = []
+
+    def no_child(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, '{"nuclei": 1}')
+
+    monkeypatch.setattr("wholeslide.subprocess.run", no_child)
+    out = tmp_path / "wholeslide-out"
+    out.mkdir()
+    (out / "run.json").touch()
+    (tmp_path / "out").mkdir()
+    for i in range(2):
+        Image.fromarray(example[i:]).save(tmp_path / f"{i}.png")
+        result = invoke("wholeslide", tmp_path / f"{i}.png", tmp_path, "--side", 600)
+        assert result.exit_code == 0, result.output
+    assert not out.exists()
+    assert (tmp_path / "out").exists()
+    assert len({command[-1] for command in commands}) == len(list(tmp_path.glob("mosaic-600-600-*.tif"))) == 2
+    out.mkdir()
+    result = invoke("wholeslide", tmp_path / "0.png", tmp_path, "--side", 600)
+    assert result.exit_code == 2
+    assert "it has no run.json" in result.stderr
+    assert out.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "more"),
+    [("wholeslide", ["missing/folder", "--side", 300]), ("scaling", ["--sides", 300, "--threads", 1])],
+)
+def test_tissue_of_another_scale_is_refused(
+    script: str, more: list[object], example: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tissue = tmp_path / "tissue.tif"
+    tifffile.imwrite(tissue, example, photometric="rgb", resolution=(4e4, 4e4), resolutionunit="CENTIMETER")
+    result = invoke(script, tissue, *more)
+    assert result.exit_code == 2
+    assert "tissue of about 0.5 µm/px is wanted, it has 0.25" in result.stderr
+
+
+def test_a_run_of_a_whole_slide_counts_its_stages(
+    example: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wholeslide.seconds_per_tile", lambda *arguments: 0.1)
+    for name in ("read_input", "haematoxylin", "block_nuclei"):
+        monkeypatch.setattr(pipeline, name, getattr(pipeline, name))  # given back afterwards
+    write_mosaic(example, tmp_path / "mosaic.tif", 600, 600)
+    figures = wholeslide.run(tmp_path / "mosaic.tif", tmp_path / "wholeslide-out", "cpu")
+    assert figures["nuclei"] > 20
+    assert {"CPU: read", "CPU: separate and measure", "CPU: network"} <= figures.keys()
+
+
+def test_scaling_of_a_small_mosaic(example: NDArray[np.uint8], tmp_path: Path) -> None:
+    Image.fromarray(example).save(tmp_path / "tissue.png")
+    figures = tmp_path / "figures.json"
+    options = ["--sides", 500, "--shares", 1, "--threads", 1, "--workers", 1, "--device", "cpu", "--json", figures]
+    output_of("scaling", tmp_path / "tissue.png", *options)
+    (row,) = json.loads(figures.read_text(encoding="utf-8"))["size"]
+    assert row["nuclei"] > 0
+    assert row["peak_mb"] >= row["before_mb"] > 20
