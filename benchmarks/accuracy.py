@@ -10,12 +10,14 @@ from typing import Any
 
 import click
 import numpy as np
+from common_options import device_option, json_option, precision_option
 from shifts import SCALES, SHIFTS, rescale, shift
 
 from nsam.runtime.engines import load
 from nsam.runtime.metrics import NAMES, Score, mean_and_pooled, score
 from nsam.runtime.options import Command
 from nsam.runtime.pipeline import segment_slide
+from nsam.runtime.settings import Device, Precision
 from nsam.runtime.slides import ArraySlide
 from nsam.train.data import Sample, find_samples, read_sample
 from nsam.train.folds import make_folds
@@ -34,8 +36,10 @@ SHOWN = ("dice", "aji", "pq")
 @click.option("--tta", type=click.Choice([1, 2, 4, 8]), default=1, help="Views of each tile that are averaged.")
 @click.option("--network-mpp", type=float, help="Scale at which the network sees them, µm/px. [default: the model's]")
 @click.option("--shifts/--no-shifts", default=False, help="Also under each simulated shift.")
+@device_option
+@precision_option
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+@json_option
 def main(
     data: Path,
     model: Path | None,
@@ -45,20 +49,22 @@ def main(
     tta: int,
     network_mpp: float | None,
     shifts: bool,
+    device: Device,
+    precision: Precision,
     threads: int | None,
     json_path: Path | None,
 ) -> None:
     """Score the model on DATA: NuInsSeg's folder, or one with `images` and `labels`."""
-    engine = load(model, threads=threads, tta=tta, network_mpp=network_mpp)
+    engine = load(model, device, threads, tta, precision, network_mpp)
     samples = find_samples(data, mpp)
     if fold is not None:
         samples = make_folds(samples)[fold].test
     samples = samples[::every]
-    seen = f"{tta} views at {engine.card.input.mpp:g} µm/px"
-    click.echo(f"{len(samples)} images, {engine.card.name} {engine.card.version}, {engine.device}, {seen}")
-    known = seen_by(str(model or "default"))
-    if trained_on := sum(recognised([identify(sample.image) for sample in samples], known)):
-        click.echo(f"the model has been trained on {trained_on} of these images: their figures flatter it", err=True)
+    card = engine.card
+    seen = f"{tta} views at {card.input.mpp:g} µm/px"
+    click.echo(f"{len(samples)} images, {card.name} {card.version}, {engine.device}, {seen}")
+    if known := trained_on(model, samples):
+        click.echo(f"the model has been trained on {known} of these images: their figures flatter it", err=True)
     results: dict[str, dict[str, Any]] = {}
     for name, change in conditions(shifts):
         begin = time.perf_counter()
@@ -68,8 +74,32 @@ def main(
         figures = "  ".join(f"{metric} {mean[metric]:.4f} ({pooled[metric]:.4f} pooled)" for metric in SHOWN)
         click.echo(f"{name:20}  {figures}  {kept:.0%} of PQ  {results[name]['seconds']:.0f} s")
     if json_path:
-        about = {"data": str(data), "images": len(samples), "metrics": NAMES, "tta": tta, "device": engine.device}
+        about = {
+            "data": str(data),
+            "images": len(samples),
+            "trained_on": known,
+            "fold": fold,
+            "every": every,
+            "mpp": sorted({sample.mpp for sample in samples}),
+            "model": str(model or "default"),
+            "name": card.name,
+            "version": card.version,
+            "network_mpp": card.input.mpp,
+            "tta": tta,
+            "device": engine.device,
+            "precision": engine.precision,
+            "metrics": NAMES,
+        }
         json_path.write_text(json.dumps({**about, "results": results}, indent=1), encoding="utf-8")
+
+
+def trained_on(model: Path | None, samples: list[Sample]) -> int:
+    """How many of these images the model, or one that it began with, has been trained on or chosen by.
+
+    Raises:
+        ModelError: the model does not say.
+    """
+    return sum(recognised([identify(sample.image) for sample in samples], seen_by(str(model or "default"))))
 
 
 def run(samples: list[Sample], engine: Any, change: Callable[..., Any]) -> Iterator[Score]:

@@ -8,11 +8,14 @@ from pathlib import Path
 import click
 import cv2
 import numpy as np
+from accuracy import trained_on
+from common_options import device_option, precision_option
 from numpy.typing import NDArray
 
 from nsam.runtime.engines import load
 from nsam.runtime.metrics import mean_and_pooled, score
 from nsam.runtime.options import Command
+from nsam.runtime.settings import Device, Precision
 from nsam.train.data import find_extra, find_samples, read_sample
 from nsam.train.evaluate import segment_sample
 from nsam.train.folds import make_folds
@@ -26,12 +29,30 @@ SHOWN = ("dice", "aji", "pq", "dq", "sq")
 @click.option("--extra", multiple=True, type=click.Path(path_type=Path), help="Another source that it was trained on.")
 @click.option("--model", type=click.Path(path_type=Path), help="A folder made by nsam-export. [default: nsam's own]")
 @click.option("--fold", type=click.IntRange(0, 4), default=0, help="The official fold that the model is of.")
+@device_option
+@precision_option
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
-def main(data: Path, extra: tuple[Path, ...], model: Path | None, fold: int, threads: int | None) -> None:
+def main(
+    data: Path,
+    extra: tuple[Path, ...],
+    model: Path | None,
+    fold: int,
+    device: Device,
+    precision: Precision,
+    threads: int | None,
+) -> None:
     """Score the model on the validation images of DATA's fold, with each kind of error mended by the true labels."""
-    engine = load(model, threads=threads)
-    samples = make_folds(find_samples(data), extra=[s for root in extra for s in find_extra(root)])[fold].validation
+    engine = load(model, device, threads, precision=precision)
+    parts = make_folds(find_samples(data), extra=[s for root in extra for s in find_extra(root)])[fold]
+    samples = parts.validation
     click.echo(f"{len(samples)} images, {engine.card.name} {engine.card.version}, {engine.device}", err=True)
+    # It knows the validation images of its own fold, too, for they chose its thresholds; the test images it must not.
+    if known := trained_on(model, parts.test):
+        click.echo(
+            f"the model has been trained on {known} of the {len(parts.test)} test images of fold {fold}, so it is of "
+            "another fold, and has been trained on validation images of this one: their figures flatter it",
+            err=True,
+        )
     found = []
     for sample in samples:
         image, truth = read_sample(sample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import shutil
@@ -21,8 +22,12 @@ from PIL import Image
 from wholeslide import write_mosaic
 
 from nsam.runtime import pipeline
+from nsam.runtime.card import FileEntry, ModelCard, sha256_of
 from nsam.runtime.slides import open_slide
-from nsam.train.lineage import SEEN_NAME
+from nsam.train.data import Sample, find_samples
+from nsam.train.folds import make_folds
+from nsam.train.identity import identify
+from nsam.train.lineage import SEEN_NAME, write_seen
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "@click.command" in path.read_text(encoding="utf-8"))
@@ -46,8 +51,16 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
     """The tiny model, which has been trained on no image."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
-    (folder / SEEN_NAME).touch()
+    train_on([], folder)
     return folder
+
+
+def train_on(samples: list[Sample], model: Path) -> None:
+    """Let a model say that these images have trained it."""
+    write_seen(model / SEEN_NAME, [identify(sample.image) for sample in samples])
+    card = ModelCard.read(model)
+    files = {**card.files, SEEN_NAME: FileEntry(sha256_of(model / SEEN_NAME), "text")}
+    (model / "card.json").write_text(dataclasses.replace(card, files=files).to_json(), encoding="utf-8")
 
 
 @pytest.fixture
@@ -199,3 +212,51 @@ def test_scaling_of_a_small_mosaic(example: NDArray[np.uint8], tmp_path: Path) -
     (row,) = json.loads(figures.read_text(encoding="utf-8"))["size"]
     assert row["nuclei"] > 0
     assert row["peak_mb"] >= row["before_mb"] > 20
+
+
+def test_accuracy_says_what_it_measured(disc_pairs: Path, model: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    options = [
+        "--model",
+        model,
+        "--every",
+        10,
+        "--tta",
+        2,
+        "--network-mpp",
+        0.3,
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
+    result = invoke("accuracy", disc_pairs, *options, "--threads", 1, "--json", figures)
+    assert result.exit_code == 0, result.output
+    assert "has been trained on" not in result.stderr
+    found = json.loads(figures.read_text(encoding="utf-8"))
+    wanted = {"model": str(model), "name": "tiny", "version": "1", "fold": None, "every": 10, "images": 1, "tta": 2}
+    wanted |= {"mpp": [0.25], "network_mpp": 0.3, "precision": "fp32", "trained_on": 0}
+    assert {name: found[name] for name in wanted} == wanted
+    assert found["device"].startswith("cpu")
+    assert found["results"]["as it is"]["mean"]["dice"] > 0.8
+
+
+@pytest.mark.parametrize("script", ["accuracy", "errors"])
+def test_a_model_that_knows_the_images_is_told(script: str, disc_pairs: Path, model: Path) -> None:
+    parts = make_folds(find_samples(disc_pairs))[0]
+    own = [*parts.train, *parts.validation]
+    options = ["--model", model, "--fold", 0, "--device", "cpu", "--threads", 1]
+    for trained, words in ((own, None), ([*own, *parts.test], "the model has been trained on 2 of the")):
+        train_on(trained, model)
+        result = invoke(script, disc_pairs, *options)
+        assert result.exit_code == 0, result.output
+        assert words in result.stderr if words else "has been trained on" not in result.stderr
+
+
+def test_separation_of_an_image(disc_pairs: Path, model: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    result = invoke("separation", disc_pairs, "--model", model, "--every", 10, "--json", figures)
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text(encoding="utf-8"))
+    assert found["scores"]["nsam"]["mean"]["dice"] > 0.8
+    assert found["ms_per_mpx"]["nsam, block"]["total"] > 0
