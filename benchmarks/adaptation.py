@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from nsam.runtime.card import PostSpec
+from nsam.runtime.errors import InputError, ModelError, OutputError
 from nsam.runtime.metrics import mean_and_pooled
 from nsam.runtime.options import Command
 from nsam.train.crossval import claim
@@ -53,7 +54,14 @@ def main(
     samples = find_samples(data)
     test = [sample for sample in samples if sample.image.name.startswith(tested)]
     pool = [sample for sample in samples if sample not in test]
+    if not test or not pool:
+        which = "every image's name begins so, none is left to adapt to" if test else "no image's name begins so"
+        raise InputError(f"`--test {' --test '.join(tested)}`: {which}; one is {samples[0].image.name}")
     pool = [pool[i] for i in np.random.default_rng(0).permutation(len(pool))]
+    if not (base / "metrics.json").is_file():
+        raise ModelError(f"`{base}`: no finished fold of a run made by nsam-train; name one, such as RUN/fold0")
+    if (out / "adaptation.json").exists() or any(out.glob("*/config.json")):
+        raise OutputError(f"`--out {out}`: holds an adaptation already; name another folder, or remove it")
     post = PostSpec(**json.loads((base / "metrics.json").read_text(encoding="utf-8"))["post"])
     engine = TorchEngine.of_fold(base, torch.device("cpu")).with_post(post)
     mean, _ = mean_and_pooled(found for _, found in score_samples(test, engine))

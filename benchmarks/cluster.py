@@ -17,6 +17,8 @@ import click
 import numpy as np
 from PIL import Image
 
+from nsam.runtime.options import Command
+
 
 class Times(NamedTuple):
     """Seconds of a run of nsam-infer."""
@@ -31,7 +33,7 @@ class Times(NamedTuple):
         )
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("slides", type=click.Path(path_type=Path, exists=True))
 @click.option("--mpp", type=float, default=0.25, help="Scale of the slides, µm/px.")
 @click.option("--device", default="cpu", help="What runs the network.")
