@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,22 +45,45 @@ def nsam(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -> dic
         "post_s": whole - network,
         "whole_s": whole,
         "nuclei": sum(len(strip.nuclei) for strip in strips),
+        "seen_mpp": engine.card.input.mpp,
         "weights": f"its own; {engine.device}",
     }
 
 
-def stardist(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -> dict[str, Any]:
-    """StarDist's H&E configuration (2D_versatile_he): 32 rays, grid 2, three channels."""
+def stardist(
+    image: np.ndarray, labels: np.ndarray, mpp: float, threads: int, own_mpp: float | None = None
+) -> dict[str, Any]:
+    """StarDist's H&E configuration (2D_versatile_he): 32 rays, grid 2, three channels; in one pass, as by default.
+
+    At the image's own scale, or at `own_mpp`, the resizing of image and labels timed with the rest; QuPath's
+    documentation recommends about .5 µm/px. Its `n_tiles` takes less memory for the same maps, but more time, for
+    tiles overlap: that would be held against it.
+    """
     import tempfile
 
     import tensorflow as tf
+    from PIL import Image
     from stardist.geometry import star_dist
     from stardist.models import Config2D, StarDist2D
     from stardist.utils import edt_prob
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    normed = image.astype(np.float32) / 255
+    height, width = image.shape[:2]
+    own_mpp = own_mpp or mpp
+    shape = (round(height * mpp / own_mpp), round(width * mpp / own_mpp))
+
+    def seen() -> np.ndarray:
+        pixels = image
+        if shape != (height, width):
+            pixels = np.asarray(Image.fromarray(image).resize(shape[::-1], Image.Resampling.BOX))
+        return pixels.astype(np.float32) / 255
+
+    def resized(found: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+        if found.shape == size_hw:
+            return found
+        return np.asarray(Image.fromarray(found.astype(np.int32)).resize(size_hw[::-1], Image.Resampling.NEAREST))
+
     weights = "pretrained"
     try:
         model = StarDist2D.from_pretrained("2D_versatile_he")
@@ -68,14 +92,25 @@ def stardist(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) ->
     except Exception:  # whatever the download raises
         weights = "random: they cannot be downloaded here; post-processing on the true labels' maps"
         model = StarDist2D(Config2D(n_rays=32, grid=(2, 2), n_channel_in=3), basedir=tempfile.mkdtemp())
-    network, _ = best(lambda: model.predict(normed))
+    network, _ = best(lambda: model.predict(seen()))
     grid = (slice(None, None, 2),) * 2
-    probability = edt_prob(labels)[grid]
-    distances = star_dist(labels, 32)[grid]
+    truth = resized(labels, shape)
+    probability = edt_prob(truth)[grid]
+    distances = star_dist(truth, 32)[grid]
     model.thresholds = {"prob": 0.69, "nms": 0.3}  # those of 2D_versatile_he
-    shape = image.shape[:2]
-    post, found = best(lambda: model._instances_from_prediction(shape, probability.copy(), distances.copy()))
-    return {"network_s": network, "post_s": post, "nuclei": len(found[1]["prob"]), "weights": weights}
+
+    def separated() -> tuple[np.ndarray, dict[str, Any]]:
+        found, polygons = model._instances_from_prediction(shape, probability.copy(), distances.copy())
+        return resized(found, (height, width)), polygons
+
+    post, (_, polygons) = best(separated)
+    return {
+        "network_s": network,
+        "post_s": post,
+        "nuclei": len(polygons["prob"]),
+        "seen_mpp": own_mpp,
+        "weights": weights,
+    }
 
 
 def instanseg(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -> dict[str, Any]:
@@ -84,6 +119,7 @@ def instanseg(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -
     from instanseg import InstanSeg
 
     torch.set_num_threads(threads)
+    own_mpp = 0.5
     try:
         model = InstanSeg("brightfield_nuclei", verbosity=0)
     except Exception:  # whatever the download raises
@@ -91,13 +127,15 @@ def instanseg(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -
 
         # As released: offsets, their variances and seeds; 32 to 256 channels.
         network = InstanSeg_UNet(3, [[2, 2, 1]]).eval()
-        side = [round(length * mpp / 0.5) // 32 * 32 for length in image.shape[:2]]
+        side = [round(length * mpp / own_mpp) // 32 * 32 for length in image.shape[:2]]
         pixels = torch.rand(1, 3, *side)
         with torch.inference_mode():
             seconds, _ = best(lambda: network(pixels))
-        return {"network_s": seconds, "weights": "random: they cannot be downloaded here; the network alone"}
+        weights = "random: they cannot be downloaded here; the network alone"
+        return {"network_s": seconds, "seen_mpp": own_mpp, "weights": weights}
     whole, found = best(lambda: model.eval_small_image(image, mpp))
-    return {"whole_s": whole, "nuclei": int(np.asarray(found[0]).max()), "weights": "pretrained"}
+    nuclei = int(np.asarray(found[0]).max())
+    return {"whole_s": whole, "nuclei": nuclei, "seen_mpp": own_mpp, "weights": "pretrained"}
 
 
 def hovernet(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -> dict[str, Any]:
@@ -153,7 +191,8 @@ def tiled(
     count = 1
     for side in image.shape[:2]:
         count *= max(1, -(-round(side * mpp / own_mpp) // step))
-    return {"network_s": seconds * count, "weights": f"random: the network alone, {count} times one tile"}
+    weights = f"random: the network alone, {count} times one tile"
+    return {"network_s": seconds * count, "seen_mpp": own_mpp, "weights": weights}
 
 
 def classical(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -> dict[str, Any]:
@@ -169,7 +208,7 @@ def classical(image: np.ndarray, labels: np.ndarray, mpp: float, threads: int) -
         return found
 
     whole, found = best(run)
-    return {"whole_s": whole, "nuclei": int(found.max()), "weights": "none needed"}
+    return {"whole_s": whole, "nuclei": int(found.max()), "seen_mpp": mpp, "weights": "none needed"}
 
 
 def classical_labels(image: np.ndarray, mpp: float) -> np.ndarray:
@@ -197,7 +236,10 @@ def main() -> None:
     task, image_path, labels_path, mpp, threads = sys.argv[1:]
     image = tifffile.imread(image_path)[..., :3]
     labels = tifffile.imread(labels_path).astype(np.int32)
-    peers = {f.__name__: f for f in (nsam, stardist, instanseg, hovernet, hovernext, cellpose, classical)}
+    peers: dict[str, Callable[..., dict[str, Any]]] = {
+        f.__name__: f for f in (nsam, stardist, instanseg, hovernet, hovernext, cellpose, classical)
+    }
+    peers["stardist-0.5"] = partial(stardist, own_mpp=0.5)
     row = peers[task](image, labels, float(mpp), int(threads))
     row["mm2"] = image.shape[0] * image.shape[1] * (float(mpp) / 1000) ** 2
     row["peak_mb"] = peak_mb()

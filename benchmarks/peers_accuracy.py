@@ -8,12 +8,13 @@ from pathlib import Path
 import click
 import cv2
 import numpy as np
+from common_options import json_option
 from numpy.typing import NDArray
 from peers import PEERS, PeerError, answer, install
 
 from nsam.runtime.engines import load
 from nsam.runtime.metrics import Score, mean_and_pooled, score
-from nsam.runtime.options import Command
+from nsam.runtime.options import Command, names_of
 from nsam.train.data import Sample, find_samples, read_sample
 from nsam.train.evaluate import score_samples
 from nsam.train.folds import make_folds
@@ -21,11 +22,18 @@ from nsam.train.identity import hash_samples
 
 MPP = 0.25  # µm/px at which peers see the images: that of the slides they are made for
 SHOWN = ("dice", "aji", "pq")
+#: Those that peer_trainer.py can train, or that need no training.
+KNOWN = ("StarDist", "classical chain", "nsam")
 
 
 @click.command(cls=Command, context_settings={"show_default": True})
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
-@click.option("--peers", default="StarDist,classical chain", help="Which, separated by commas; `nsam`: its own model.")
+@click.option(
+    "--peers",
+    callback=names_of(KNOWN),
+    default="StarDist,classical chain",
+    help=f"Which, separated by commas, of {', '.join(KNOWN)} (with the model that ships).",
+)
 @click.option("--fold", type=click.IntRange(0, 4), default=0, help="Official fold.")
 @click.option("--minutes", type=float, default=10.0, help="Training time of each peer that is trained.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="CPU threads of each.")
@@ -33,10 +41,10 @@ SHOWN = ("dice", "aji", "pq")
     "--envs", type=click.Path(path_type=Path), required=True, help="Folder for the environments, as peers.py."
 )
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for images and predictions.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+@json_option
 def main(
     data: Path,
-    peers: str,
+    peers: tuple[str, ...],
     fold: int,
     minutes: float,
     threads: int,
@@ -56,14 +64,14 @@ def main(
             pack(getattr(parts, name), work / f"{name}.npz")
     results = {}
     print("| | Dice | AJI | PQ | trained |\n|---|---|---|---|---|")
-    for name in peers.split(","):
+    for name in peers:
         if name == "nsam":
             scores, trained = [found for _, found in score_samples(parts.test, load(threads=threads))], "as shipped"
         else:
-            packages, task = PEERS[name]
-            install(envs / task, packages)
+            packages, env, task = PEERS[name]
+            install(envs / env, packages)
             try:
-                trained = answer(envs / task, "peer_trainer.py", task, work, minutes, threads=threads)
+                trained = answer(envs / env, "peer_trainer.py", task, work, minutes, threads=threads)
             except PeerError as error:
                 click.echo(f"{name}: {error}", err=True)
                 continue
@@ -73,6 +81,8 @@ def main(
         print(f"| {name} | " + " | ".join(f"{mean[metric]:.3f}" for metric in SHOWN) + f" | {trained} |")
     if json_path:
         json_path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if not results:
+        raise click.ClickException("no peer could be scored")
 
 
 def pack(samples: list[Sample], path: Path) -> None:

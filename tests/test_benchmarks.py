@@ -260,3 +260,63 @@ def test_separation_of_an_image(disc_pairs: Path, model: Path, tmp_path: Path) -
     found = json.loads(figures.read_text(encoding="utf-8"))
     assert found["scores"]["nsam"]["mean"]["dice"] > 0.8
     assert found["ms_per_mpx"]["nsam, block"]["total"] > 0
+
+
+@pytest.mark.parametrize("script", ["peers", "peers_accuracy"])
+def test_a_peer_that_is_none_is_refused_first(
+    script: str, disc_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module(script), "install", lambda *arguments: 1 / 0)
+    files = (disc_pairs / "images" / "0.png", disc_pairs / "labels" / "0.tif") if script == "peers" else (disc_pairs,)
+    folders = ["--envs", tmp_path / "envs", *(["--work", tmp_path / "work"] if script == "peers_accuracy" else [])]
+    for name in ("Abacus", *(["InstanSeg"] if script == "peers_accuracy" else [])):
+        result = invoke(script, *files, *folders, "--peers", f"nsam,{name}")
+        assert result.exit_code == 2
+        assert f"`{name}` is none of" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_of_peers_is_of_one_round(disc_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the least whole time, though another had the faster network."""
+    rows = iter([(3.0, 1.0, 700), (1.0, 3.5, 800), (2.0, 1.5, 900)])
+
+    def run(env: Path, task: str, image: Path, *rest: object) -> dict[str, Any]:
+        assert tifffile.imread(image).shape == (64, 64, 3)  # made of a PNG
+        network, post, peak = next(rows)
+        return {"network_s": network, "post_s": post, "peak_mb": peak, "mm2": 1, "seen_mpp": 0.5, "weights": "none"}
+
+    monkeypatch.setattr("peers.install", lambda *arguments: 5.0)
+    monkeypatch.setattr("peers.run", run)
+    files = [disc_pairs / "images" / "0.png", disc_pairs / "labels" / "0.tif"]
+    result = invoke("peers", *files, "--envs", tmp_path, "--peers", "StarDist-0.5", "--rounds", 3)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == "| StarDist-0.5 at 0.5 µm/px | 2.00 | 1.50 | 3.5 | 900 | 5 | none |"
+    monkeypatch.setattr("peers.run", lambda *arguments: {"error": "no"})
+    result = invoke("peers", *files, "--envs", tmp_path, "--peers", "StarDist")
+    assert result.exit_code == 1
+    assert result.stderr.endswith("Error: no peer could be run\n")
+
+
+@pytest.mark.parametrize("task", ["nsam", "classical"])
+def test_peer_worker(task: str, example: NDArray[np.uint8], tmp_path: Path) -> None:
+    """Those peers whose environments are part of this one."""
+    paths = tmp_path / "image.tif", tmp_path / "labels.tif"
+    tifffile.imwrite(paths[0], example[:200, :200], photometric="rgb")
+    tifffile.imwrite(paths[1], np.zeros((200, 200), np.uint16))
+    row = json.loads(output_of("peer_worker", task, *paths, 0.5, 1).splitlines()[-1])
+    assert row["nuclei"] > 0
+    assert row["whole_s"] > 0
+    assert row["peak_mb"] > 20
+    assert row["seen_mpp"] > 0.3
+
+
+def test_adaptation_refuses_before_the_work(disc_pairs: Path, tmp_path: Path) -> None:
+    for test, words in (("zz", "no image's name begins so"), ("", "none is left"), ("1", "no finished fold of a run")):
+        result = invoke("adaptation", tmp_path, disc_pairs, "--test", test, "--out", tmp_path / "out")
+        assert result.exit_code == 2
+        assert words in result.stderr
+    (tmp_path / "metrics.json").touch()
+    (tmp_path / "adaptation.json").touch()
+    result = invoke("adaptation", tmp_path, disc_pairs, "--test", "1", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "holds an adaptation already; name another folder" in result.stderr
