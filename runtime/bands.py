@@ -35,6 +35,7 @@ class BandStore:
         """
         self._folder = folder / BANDS_NAME
         self._made_of = to_json(made_of)
+        self._noted = False
         self._tag = hashlib.sha256(self._made_of.encode()).hexdigest()[:16]
 
     def has(self, index: int) -> bool:
@@ -57,9 +58,9 @@ class BandStore:
         """
         with output_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-        note = self._folder / DONE_NAME  # that the next run knows whose they are, and takes the folder for its results
-        if not note.exists():
-            write_text(note, self._made_of)
+        if not self._noted:  # that the next run knows whose they are, and takes the folder for that slide's results
+            write_text(self._folder / DONE_NAME, self._made_of)
+            self._noted = True
         content = io.BytesIO()
         np.savez(content, **pack(nuclei))
         write_bytes(self._path(index), content.getvalue())

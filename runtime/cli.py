@@ -108,7 +108,8 @@ def _roi(
     type=click.IntRange(1, 256),
     default=Settings.batch,
     show_default=True,
-    help="Tiles of 448 px that the network takes at once, of larger ones fewer likewise; more need more memory.",
+    help="Tiles of 448 px that the network takes at once, of larger ones as many as have their pixels; more need more "
+    "memory.",
 )
 @click.option(
     "--tta",
@@ -121,7 +122,7 @@ def _roi(
     "--network-mpp",
     metavar="MPP",
     type=float,
-    help="Micrometres per pixel at which the network sees tissue: time goes with its square. Coarser finds less; a "
+    help="Micrometres per pixel at which the network sees tissue: time falls with its square. Coarser finds less; a "
     "little finer than the model's own finds a little more.  [default: the model's own]",
 )
 @click.option(

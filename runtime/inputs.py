@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from nsam.runtime.errors import InputError
 from nsam.runtime.results import RUN_NAMES, holds_results, slide_of
-from nsam.runtime.settings import RESULT_NAMES
+from nsam.runtime.settings import BANDS_NAME, DONE_NAME, RESULT_NAMES
 from nsam.runtime.slides import EXTENSIONS, MPP_RANGE
 
 #: Many `.dcm` make up one DICOM slide: found in a folder they would count once each, so one has to be named.
@@ -53,9 +53,10 @@ class Source(NamedTuple):
 def find_slides(inputs: Sequence[str], mask_dir: Path | None = None) -> list[Source]:
     """The slides that files, folders, glob patterns and tables name.
 
-    A folder gives every slide below it, whatever the case of the extension, except hidden ones, DICOM and the
-    results of earlier runs; links to folders are followed. A table is a `.csv` with the columns `path`, and as wanted
-    `mpp` and `mask`; what it says of a slide holds, however else that is named.
+    A folder gives every slide below it, whatever the case of the extension, except hidden ones, DICOM, the results of
+    earlier runs, thumbnails of QuPath projects and the parts of `.vms` slides; links to folders are followed. A table
+    is a `.csv` with the columns `path`, and as wanted `mpp` and `mask`; what it says of a slide holds, however else that
+    is named.
 
     Args:
         inputs: see above.
@@ -133,9 +134,11 @@ def folder_names(paths: Sequence[Path], out: Path) -> dict[Path, str]:
     # Case is ignored, as many file systems do.
     uses = Counter(form for names in forms.values() for form in {name.casefold() for name in names})
 
+    there = {name.casefold() for name in os.listdir(out)} if out.is_dir() else set()
+
     @cache
     def owner(name: str) -> str:
-        return slide_of(out / name)
+        return slide_of(out / name) if name.casefold() in there else ""
 
     def fits(name: str) -> bool:
         if name.casefold() in RUN_NAMES or len(os.fsencode(name)) > _LONGEST_NAME:
@@ -225,18 +228,22 @@ def _below(folder: Path) -> Iterator[Path]:
     seen: set[str] = set()
     for root, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(root)
-        # A link back; results, for an overlay is no slide; a project of QuPath's, for neither are its thumbnails.
-        if real in seen or holds_results(Path(root)) or any(name.endswith(".qpproj") for name in files):
+        # A link back, or results: an overlay is no slide.
+        ours = (DONE_NAME in files or BANDS_NAME in folders) and holds_results(Path(root))
+        if real in seen or ours:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        # Nor are the thumbnails in the `data` of a QuPath project.
+        hidden = "data" if any(name.endswith(".qpproj") for name in files) else ""
+        folders[:] = [name for name in folders if not name.startswith(".") and name != hidden]
         # Hamamatsu's slides of JPEG: their parts, map and macro image are called as they are, and more.
-        indices = tuple(Path(name).stem for name in files if name.lower().endswith((".vms", ".vmu")))
+        stems = [Path(name).stem for name in files if name.lower().endswith((".vms", ".vmu"))]
+        parts = tuple(stem + sign for stem in stems for sign in ".(_")
         for name in files:
             if name.startswith(".") or not name.lower().endswith(_FOUND_IN_FOLDERS):
                 continue
-            if not (name.lower().endswith(".jpg") and name.startswith(indices)):
+            if not (name.lower().endswith(".jpg") and name.startswith(parts)):
                 yield Path(root, name)
 
 

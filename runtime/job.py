@@ -248,5 +248,7 @@ def _remarks(done: dict[str, Any]) -> tuple[str, ...]:
         table = "; a table gives each slide its own" if done["mpp_source"].startswith("--mpp") else ""
         remarks.append(f"{done['mpp']:g} µm/px by {done['mpp_source']}{table}")
     if done["cut_by_halo"]:
-        remarks.append(f"{done['cut_by_halo']} nuclei are larger than what a block reads, and may be cut")
+        remarks.append(
+            f"{done['cut_by_halo']} nuclei are larger than what a block reads, or lie in one that is, and may be cut"
+        )
     return tuple(remarks)

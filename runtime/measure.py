@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-#: Steps along pixels and their diagonals are longer than the line they follow, in the mean over all directions by this
-#: much (Kulpa 1977, CGIP 6: 434).
+#: A line's length over that of the steps along pixels and their diagonals that follow it, in the mean over all
+#: directions (Kulpa 1977, CGIP 6: 434).
 _KULPA = math.pi / 8 * (1 + math.sqrt(2))
 
 

@@ -17,8 +17,8 @@ def to_rgb8(image: NDArray[Any], name: str, bits: int | None = None) -> NDArray[
         image: (H, W) grey, or (H, W, C) with C = 1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha;
             bool, uint8 or uint16.
         name: what to call the image in errors.
-        bits: how many the file says a sample has; None, and 16, for cameras of fewer save 16: 8, or as many as the
-            brightest pixel takes, of 10, 12, 14 and 16.
+        bits: how many the file says a sample has. None and 16 are not believed, for cameras of fewer bits save 16:
+            the brightest sample decides between 8, 10, 12, 14 and 16.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -49,7 +49,7 @@ def to_rgb8(image: NDArray[Any], name: str, bits: int | None = None) -> NDArray[
 def _bits_taken(samples: NDArray[np.uint16]) -> int:
     """Nothing that is shown on white glass leaves the upper two bits of all its samples empty."""
     brightest = int(samples.max(initial=0))
-    return next(bits for bits in (10, 12, 14, 16) if brightest < 1 << bits)
+    return next(bits for bits in (8, 10, 12, 14, 16) if brightest < 1 << bits)
 
 
 def on_white(colour: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -222,16 +222,19 @@ def _whole_page(path: Path, page: Any) -> NDArray[np.uint8]:
     """A page as (H, W, 3) uint8 RGB."""
     if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
         return to_rgb8(np.moveaxis(page.colormap[:, page.asarray()] >> 8, 0, -1).astype(np.uint8), str(path))
-    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and page.samplesperpixel == 1 and page.dtype.kind in "bu":
         samples = page.asarray()
         return _rgb(page, ~samples if samples.dtype == np.bool_ else 2**page.bitspersample - 1 - samples, path)
     if _is_plain(page):
         return _rgb(page, page.asarray(), path)
+    coding = f"its coding, {page.photometric.name} by {page.compression.name}"
     try:
-        return _load(path, ("TIFF",))  # Pillow knows CMYK and others, of 8 bits
+        pixels = _load(path, ("TIFF",))  # Pillow knows CMYK and others, of 8 bits
     except InputError as error:
-        coding = f"{page.photometric.name} by {page.compression.name}"
-        raise InputError(f"{error}; or its coding, {coding}, is not known: save it as 8 bit RGB") from error
+        raise InputError(f"{error}; or {coding}, is not known: save it as 8 bit RGB") from error
+    if pixels.shape[:2] != (page.imagelength, page.imagewidth):  # it was turned, or another image comes first
+        raise InputError(f"`{path}`: {coding}, is not known in such a file; save it as 8 bit RGB")
+    return pixels
 
 
 @contextmanager

@@ -78,6 +78,8 @@ class Region:
             drawn = read_mask(mask)
             shown = _shown_by(drawn.shape, slide, mask)
             box = Box(max(box.x0, shown.x0), max(box.y0, shown.y0), min(box.x1, shown.x1), min(box.y1, shown.y1))
+            if box.width <= 0 or box.height <= 0:
+                raise InputError(f"`{slide.path}`: --roi lies outside the scanned part, which `{mask}` shows")
             return cls(drawn, box, slide.size_wh, shown)
         longest = max(width, height)
         if not tissue or longest * mpp < _SMALLEST_UM:
@@ -154,7 +156,8 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
 
 
 def _shown_by(shape: tuple[int, ...], slide: Slide, path: Path) -> Box:
-    """What a mask of (h, w) shows, by its shape: the scanned part, or the whole slide; level-0 px.
+    """What a mask of (h, w) shows, level-0 px: the scanned part or the whole slide, whose shape is nearer to its own;
+    the scanned part where they are alike.
 
     Raises:
         InputError: it has another shape.
@@ -164,10 +167,10 @@ def _shown_by(shape: tuple[int, ...], slide: Slide, path: Path) -> Box:
     boxes = [Box(0, 0, full_w, full_h)]
     if slide.scanned_wh:
         boxes.insert(0, Box(x, y, x + slide.scanned_wh[0], y + slide.scanned_wh[1]).clipped(full_w, full_h))
-    for box in boxes:
-        # A px more or less, as rounding at low resolution gives it, is no other shape.
-        if abs(width * box.height / box.width - height) <= max(1.5, _SAME_SHAPE * height):
-            return box
+    differ = [abs(width * box.height / box.width - height) for box in boxes]
+    # A px more or less, as rounding at low resolution gives it, is no other shape.
+    if min(differ) <= max(1.5, _SAME_SHAPE * height):
+        return boxes[differ.index(min(differ))]
     sizes = " nor a scanned part of ".join(f"{box.width} x {box.height}" for box in reversed(boxes))
     raise InputError(f"`{path}`: a mask of {width} x {height} px does not fit a slide of {sizes}")
 

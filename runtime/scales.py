@@ -57,9 +57,12 @@ def tiff_mpp(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> tuple[float | N
 
 
 def _ome_pixels(ome: ElementTree.Element, page: tifffile.TiffPage) -> dict[str, str]:
-    """The attributes of the image of the page's size, which is in this file where the metadata speak of several."""
+    """The attributes of the only image, or of that which has the page's size and is in this file."""
     size, own = (str(page.imagewidth), str(page.imagelength)), ome.get("UUID")
-    for pixels in ome.iterfind(".//{*}Pixels"):
+    images = ome.findall(".//{*}Pixels")
+    if len(images) == 1:
+        return images[0].attrib
+    for pixels in images:
         files = [uuid.text for uuid in pixels.iterfind("{*}TiffData/{*}UUID")]
         elsewhere = own and files and own not in files
         if (pixels.get("SizeX"), pixels.get("SizeY")) == size and not elsewhere:

@@ -51,9 +51,11 @@ def test_a_slide_json_of_somebody_else_hides_nothing(tmp_path: Path) -> None:
 
 def test_what_belongs_to_a_slide_is_no_slide(tmp_path: Path) -> None:
     """Thumbnails of a QuPath project, and the parts of Hamamatsu's slides of JPEG."""
-    touch(tmp_path, "a.svs", "study/project.qpproj", "study/data/1/thumbnail.jpg", "v/case 1.vms")
-    touch(tmp_path, "v/case 1.jpg", "v/case 1(0,1).jpg", "v/case 1_map2.jpg", "v/case 1_macro.jpg", "v/other.jpg")
-    assert found(tmp_path, ".") == ["a.svs", "v/case 1.vms", "v/other.jpg"]
+    touch(tmp_path, "a.svs", "study/project.qpproj", "study/data/1/thumbnail.jpg", "study/b.svs", "study/more/c.svs")
+    touch(tmp_path, "v/case 1.jpg", "v/case 1(0,1).jpg", "v/case 1_map2.jpg", "v/case 1_macro.jpg", "v/case 12.jpg")
+    touch(tmp_path, "v/case 1.vms", "d/data/e.png")
+    slides = ["a.svs", "d/data/e.png", "study/b.svs", "study/more/c.svs", "v/case 1.vms", "v/case 12.jpg"]
+    assert found(tmp_path, ".") == slides
     assert found(tmp_path, "v/case 1_macro.jpg") == ["v/case 1_macro.jpg"]  # where it is named
 
 

@@ -33,6 +33,7 @@ def whole(path: Path) -> Pixels:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
+        (np.array([[7, 255]], np.uint16), [7, 255]),  # 8 bits
         (np.array([[0, 1023]], np.uint16), [0, 255]),  # 10 bits
         (np.array([[0, 4095]], np.uint16), [0, 255]),  # 12 bits
         (np.array([[8192, 16383]], np.uint16), [128, 255]),  # 14 bits
@@ -235,6 +236,15 @@ def test_tiff_stays_as_it_is_stored(tmp_path: Path, photometric: str) -> None:
     pixels = stored if photometric == "palette" else np.dstack([stored] * 3)
     tifffile.imwrite(tmp_path / "a.tif", pixels, extratags=[(274, 3, 1, 6, True)], **options)
     np.testing.assert_array_equal(whole(tmp_path / "a.tif")[..., 0], stored)
+
+
+def test_a_preview_is_not_taken_for_the_scan_that_only_pillow_reads(tmp_path: Path, noise: Pixels) -> None:
+    """Pillow opens a file's first image."""
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tif:
+        tif.write(noise[::4, ::4], photometric="rgb")
+        tif.write(np.dstack([noise, noise[..., :1]]), photometric="separated")
+    with pytest.raises(InputError, match="SEPARATED by NONE, is not known in such a file; save it as 8 bit RGB"):
+        open_slide(tmp_path / "a.tif")
 
 
 def test_a_coding_that_nobody_knows_is_named(tmp_path: Path, noise: Pixels) -> None:

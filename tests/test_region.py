@@ -213,6 +213,14 @@ def test_a_mask_of_the_scanned_part_lies_on_it(tmp_path: Path, scanned: tuple[in
     assert region.shares(500, 8, 4)[2, 1] > 0
     thumbnail = _outlined(np.zeros((400, 200, 3), np.uint8), region)
     assert np.argwhere(thumbnail.any(axis=2)).min(axis=0).tolist() == [100, 50]
+    Image.new("L", (50, 100), 255).save(tmp_path / "whole.png")  # of the canvas, if the scanned part is not alike
+    alike = scanned == (1000, 2000)
+    assert Region.of(slide, 0.25, mask=tmp_path / "whole.png").area_px == (2e6 if alike else 8e6)
+    slide.scanned_wh = (1015, 2000)  # nearly alike
+    assert Region.of(slide, 0.25, mask=tmp_path / "whole.png").area_px == 8e6
+    slide.scanned_wh = scanned
+    with pytest.raises(InputError, match="lies outside the scanned part"):
+        Region.of(slide, 0.25, mask=tmp_path / "m.png", roi=(0, 0, 100, 100))
     Image.new("L", (150, 100)).save(tmp_path / "m.png")
     with pytest.raises(InputError, match=rf"fit a slide of 2000 x 4000 nor a scanned part of {scanned[0]} x"):
         Region.of(slide, 0.25, mask=tmp_path / "m.png")

@@ -217,7 +217,7 @@ def test_what_a_killed_run_has_done_is_found_beside_more_slides(
     infer: Callable[..., Result], slides: Path, tmp_path: Path
 ) -> None:
     slide = slides / "a.png"
-    BandStore(tmp_path / "out" / "a", {"path": str(slide)}).write(0, [])
+    BandStore(tmp_path / "out" / "a", {"path": str(slide), "run_hash": ""}).write(0, [])
     (tmp_path / "x").mkdir()
     shutil.copyfile(slide, tmp_path / "x" / "a.png")
     infer(slides, tmp_path / "x", "--mpp", 0.25)
