@@ -55,8 +55,8 @@ def find_slides(inputs: Sequence[str], mask_dir: Path | None = None) -> list[Sou
 
     A folder gives every slide below it, whatever the case of the extension, except hidden ones, DICOM, the results of
     earlier runs, thumbnails of QuPath projects and the parts of `.vms` slides; links to folders are followed. A table
-    is a `.csv` with the columns `path`, and as wanted `mpp` and `mask`; what it says of a slide holds, however else that
-    is named.
+    is a `.csv` with the columns `path`, and as wanted `mpp` and `mask`; what it says of a slide holds, however else
+    that is named.
 
     Args:
         inputs: see above.

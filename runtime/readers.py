@@ -1,26 +1,24 @@
-"""The readers behind `slides.open_slide`: OpenSlide, tifffile and Pillow, each with its own metadata."""
+"""Slides and TIFFs behind `slides.open_slide`, by OpenSlide and tifffile, each with its own metadata."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import cv2
 import numpy as np
 import openslide
 import tifffile
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from nsam.runtime.errors import InputError
+from nsam.runtime.images import load_image, reading
 from nsam.runtime.pixels import on_white, to_rgb8
-from nsam.runtime.scales import NO_MPP, UM_PER_INCH, openslide_mpp, resolution_mpp, tiff_mpp
+from nsam.runtime.scales import openslide_mpp, tiff_mpp
 from nsam.runtime.slides import ArraySlide, Slide
 from nsam.runtime.tiles import Box
 
@@ -35,7 +33,7 @@ class OpenSlideSlide(Slide):
 
     def __init__(self, path: Path) -> None:
         """Open the file; raises InputError when it is damaged."""
-        with _reading(path):
+        with reading(path):
             self._slide = openslide.OpenSlide(path)
             self.level_whs = list(self._slide.level_dimensions)
             properties = self._slide.properties
@@ -69,7 +67,7 @@ class OpenSlideSlide(Slide):
         return self._read(level, (round(x * down), round(y * down)), size)
 
     def _read(self, level: int, level0_xy: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
-        with _reading(self.path):
+        with reading(self.path):
             rgba = np.asarray(self._slide.read_region(level0_xy, level, size))
         return on_white(rgba[..., :3], rgba[..., 3:])
 
@@ -99,7 +97,7 @@ class TiffSlide(Slide):
         index = row * math.ceil(page.imagewidth / page.tilewidth) + column
         if page.databytecounts[index] == 0:  # left out by the writer: glass
             return np.full((page.tilelength, page.tilewidth, 3), 255, np.uint8)
-        with _reading(self.path):
+        with reading(self.path):
             with self._lock:
                 self._tif.filehandle.seek(page.dataoffsets[index])
                 data = self._tif.filehandle.read(page.databytecounts[index])
@@ -122,7 +120,7 @@ def open_tiff(path: Path) -> Slide:
     Raises:
         InputError: damaged, cut off, several planes, or pixels that `to_rgb8` refuses.
     """
-    with _reading(path), ExitStack() as stack:
+    with reading(path), ExitStack() as stack:
         # Its OME metadata may speak of other files, whose pixels are not this one's.
         tif = stack.enter_context(tifffile.TiffFile(path, _multifile=False))
         if not tif.series:
@@ -142,42 +140,6 @@ def open_tiff(path: Path) -> Slide:
             stack.pop_all()  # the slide closes the file
             return TiffSlide(path, tif, pages, mpp)
         return ArraySlide(_whole_page(path, pages[0]), path, *mpp)
-
-
-def open_image(path: Path) -> Slide:
-    """A PNG or JPEG, turned upright as its EXIF says.
-
-    Raises:
-        InputError: damaged, cut off, or pixels that `to_rgb8` refuses.
-    """
-    return ArraySlide(_load(path, ("PNG", "JPEG")), path, *image_mpp(path))
-
-
-def image_mpp(path: Path) -> tuple[float | None, str]:
-    """mpp by the dots per inch of a PNG or JPEG, from its header alone.
-
-    Raises:
-        InputError: it is neither.
-    """
-    with _pillow(path, ("PNG", "JPEG")) as image:
-        dpi = image.info.get("dpi")
-    return resolution_mpp(dpi, UM_PER_INCH) if dpi else NO_MPP
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn any failure into an InputError: libraries and codecs raise what they like on a damaged file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except MemoryError as error:
-        raise InputError(
-            f"`{path}`: too little memory for it; tiled 8 bit RGB, in tiles of 512 px or so, needs least"
-        ) from error
-    except Exception as error:
-        detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"`{path}`: cannot be read, it is damaged, cut off or not an image ({detail})") from error
 
 
 def _kept(read: Callable[[int, int, int], NDArray[np.uint8]], px: int) -> Any:
@@ -229,51 +191,9 @@ def _whole_page(path: Path, page: Any) -> NDArray[np.uint8]:
         return _rgb(page, page.asarray(), path)
     coding = f"its coding, {page.photometric.name} by {page.compression.name}"
     try:
-        pixels = _load(path, ("TIFF",))  # Pillow knows CMYK and others, of 8 bits
+        pixels = load_image(path, ("TIFF",))  # Pillow knows CMYK and others, of 8 bits
     except InputError as error:
         raise InputError(f"{error}; or {coding}, is not known: save it as 8 bit RGB") from error
     if pixels.shape[:2] != (page.imagelength, page.imagewidth):  # it was turned, or another image comes first
         raise InputError(f"`{path}`: {coding}, is not known in such a file; save it as 8 bit RGB")
     return pixels
-
-
-@contextmanager
-def _pillow(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    """An image opened by Pillow, of which only the header is read yet."""
-    with _reading(path), warnings.catch_warnings():
-        # From 89 Mpx on it warns, and of damage that costs no pixel; errors are reported.
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(path, formats=formats) as image:
-                yield image
-        except Image.DecompressionBombError as error:
-            raise InputError(f"`{path}`: too large for one piece in memory; save it as a tiled TIFF") from error
-
-
-def _load(path: Path, formats: tuple[str, ...]) -> NDArray[np.uint8]:
-    """An image by Pillow: (H, W, 3) uint8 RGB."""
-    with _pillow(path, formats) as image:
-        if image.format == "PNG" and image.mode in ("RGB", "RGBA") and _png_bits(path) == 16:
-            return to_rgb8(_png_of_16_bits(path), str(path))  # Pillow cuts them to 8
-        if image.format != "TIFF":
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):
-            return to_rgb8(np.asarray(image).astype(np.uint16), str(path))
-        if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
-            return to_rgb8(np.asarray(image.convert("RGBA")), str(path))
-        return to_rgb8(np.asarray(image.convert("RGB")), str(path))
-
-
-def _png_bits(path: Path) -> int:
-    """Bits a sample, from the header."""
-    with path.open("rb") as stream:
-        return stream.read(25)[24]
-
-
-def _png_of_16_bits(path: Path) -> NDArray[np.uint16]:
-    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)  # on Windows imread knows ASCII only
-    if pixels is None:
-        raise InputError(f"`{path}`: cannot be read; the file is damaged or cut off")
-    return np.asarray(
-        cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB if pixels.shape[2] == 3 else cv2.COLOR_BGRA2RGBA), np.uint16
-    )

@@ -110,7 +110,7 @@ def open_slide(path: Path) -> Slide:
     if size == 0:
         raise InputError(f"`{path}`: the file is empty (0 bytes)")
     # Imported here: the readers build on this module.
-    from nsam.runtime import readers
+    from nsam.runtime import images, readers
 
     suffix = path.suffix.lower()
     vendor = readers.openslide_vendor(path)
@@ -120,7 +120,7 @@ def open_slide(path: Path) -> Slide:
     if vendor is not None:
         return readers.OpenSlideSlide(path)
     if suffix in IMAGE_EXTENSIONS:
-        return readers.open_image(path)
+        return images.open_image(path)
     if suffix in VENDOR_EXTENSIONS:
         raise InputError(f"`{path}`: OpenSlide finds no slide in it; the file is damaged, cut off or something else")
     raise InputError(f"`{path}`: not a slide or image that is supported ({', '.join(EXTENSIONS)})")

@@ -13,7 +13,7 @@ from PIL import Image
 from skimage.measure import label
 
 from nsam.runtime.errors import InputError
-from nsam.runtime.readers import image_mpp
+from nsam.runtime.images import image_mpp
 from nsam.runtime.scales import NO_MPP
 from nsam.runtime.slides import IMAGE_EXTENSIONS, TIFF_EXTENSIONS, open_slide
 from nsam.train.annotations import read_annotations
