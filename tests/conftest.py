@@ -29,6 +29,12 @@ def pytest_xdist_auto_num_workers() -> int:
     return available_cores()
 
 
+@pytest.fixture
+def noise() -> NDArray[np.uint8]:
+    """(150, 200, 3): no pixel is like its neighbour, so any that is not in its place shows."""
+    return np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of development data, from NSAM_DATA or beside the checkout."""

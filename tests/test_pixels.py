@@ -20,11 +20,6 @@ from nsam.runtime.slides import open_slide
 Pixels = NDArray[np.uint8]
 
 
-@pytest.fixture
-def noise() -> Pixels:
-    return np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
-
-
 def whole(path: Path) -> Pixels:
     with open_slide(path) as slide:
         return slide.read_region(0, 0, 0, *slide.size_wh).copy()

@@ -21,11 +21,6 @@ from nsam.runtime.tiles import Box, Grid
 Pixels = NDArray[np.uint8]
 
 
-@pytest.fixture
-def noise() -> Pixels:
-    return np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
-
-
 def whole(path: Path) -> Pixels:
     with open_slide(path) as slide:
         return slide.read_region(0, 0, 0, *slide.size_wh).copy()
