@@ -78,8 +78,10 @@ def check(model_dir: Path, say: Callable[[str], None] = lambda line: None) -> No
         if apart > MEAN_GATE or missing + more > max(1, MOST_APART * found.count_true):
             raise ModelError(f"`{model_dir / name}`: {shown}; that is another network, export the model again")
         for size in card.input.other_sizes:
-            side = size // card.output.stride
-            if engine.run(np.zeros((1, size, size, 3), np.uint8)).shape[2:] != (side, side):
+            side, more = size // card.output.stride, max(0, size - tile.shape[1])
+            tissue = np.pad(tile, ((0, 0), (0, more), (0, more), (0, 0)), "symmetric")[:, :size, :size]
+            made = engine.run(tissue)
+            if made.shape[2:] != (side, side) or not np.isfinite(made).all():
                 raise ModelError(f"`{model_dir / name}`: does not take tiles of {size} px, as its card says")
         say(f"{name} on {engine.device}: batches of {', '.join(map(str, BATCHES))} agree; {shown}")
 

@@ -74,9 +74,16 @@ def export_onnx(model: NucleusNet, sizes: tuple[int, ...], path: Path) -> None:
 def cast_first(graph: onnx.GraphProto) -> None:
     """Let everything that reads the uint8 input read its Cast to float instead: TensorRT takes uint8 nowhere else, not
     even where only its shape is asked for (NVIDIA/TensorRT#3985).
+
+    Raises:
+        ModelError: there is no such Cast, so this version of torch writes another graph.
     """
     image = graph.input[0].name
-    cast = next(node for node in graph.node if node.op_type == "Cast" and image in node.input)
+    cast = next((node for node in graph.node if node.op_type == "Cast" and image in node.input), None)
+    if cast is None:
+        raise ModelError(
+            f"the graph by torch {torch.__version__} casts its input nowhere; take another version of torch"
+        )
     graph.node.remove(cast)
     for node in graph.node:
         node.input[:] = [cast.output[0] if name == image else name for name in node.input]

@@ -24,6 +24,7 @@ from nsam.runtime.card import FileEntry, ModelCard, sha256_of
 from nsam.runtime.cli import main as infer_main
 from nsam.runtime.engines import load
 from nsam.runtime.metrics import mean_and_pooled, score
+from nsam.runtime.onnx_engine import OnnxEngine
 from nsam.train.checkpoint import load_fold
 from nsam.train.data import find_samples
 from nsam.train.evaluate import TorchEngine, draft_card
@@ -92,7 +93,14 @@ def test_fp16_is_near_pytorch_on_odd_inputs_too(lora_run: Path, model_dir: Path,
     assert 0 < apart.max() < 0.1
 
 
-def test_check_repeats_the_proof_without_data(model_dir: Path, tmp_path: Path) -> None:
+def test_check_repeats_the_proof_without_data(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = OnnxEngine.run
+    with monkeypatch.context() as patch:  # an engine that is wrong in large tiles alone
+        patch.setattr(
+            OnnxEngine, "run", lambda self, images: run(self, images) * (np.nan if images.shape[1] > 448 else 1)
+        )
+        result = CliRunner().invoke(export_main, ["--check", str(model_dir)])
+        assert "does not take tiles of 560 px" in result.stderr
     result = CliRunner().invoke(export_main, ["--check", str(model_dir)])
     assert result.exit_code == 0, result.output
     assert "model.onnx on cpu fp32" in result.output
