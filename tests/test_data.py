@@ -1,5 +1,6 @@
 """Reading labelled images, and who lands in which fold."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,13 @@ def test_each_source_is_tested_by_the_others() -> None:
         assert not set(fold.train) & set(fold.validation)
     with pytest.raises(InputError, match="name others by --extra"):
         make_folds(samples(), "source")
+
+
+@pytest.mark.parametrize(("kind", "count"), [("official", 4), ("organ", 40)])
+def test_too_few_images_or_organs_for_folds(kind: str, count: int) -> None:
+    few = [replace(sample, group="one") for sample in samples(count)]
+    with pytest.raises(InputError, match=f"and {count - 1} more: too few for five {kind} folds"):
+        make_folds(few, kind)
 
 
 def test_names_of_two_sources_do_not_mix(tmp_path: Path) -> None:

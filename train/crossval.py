@@ -111,12 +111,9 @@ def name_folds(settings: Settings, samples: list[Sample], extra: list[Sample], w
     """
     try:
         folds = make_folds(samples, settings.folds, settings.validation_share, extra)
-    except ValueError as error:
-        if which != [FINAL]:
-            raise InputError(
-                f"`{samples[0].name}` and {len(samples) - 1} more: too few for five {settings.folds} folds; "
-                "--fold final trains on all of them"
-            ) from error
+    except InputError:
+        if which != [FINAL] or settings.folds == "source":
+            raise
         folds = []
     named = {f"fold{k}": fold for k, fold in enumerate(folds)}
     return {**named, FINAL: final_fold(samples, settings.validation_share, extra)}

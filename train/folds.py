@@ -46,11 +46,16 @@ def make_folds(
         The folds; one of sources trains on nothing where the others have one image each.
 
     Raises:
-        ValueError: fewer samples or groups than folds, or an unknown kind.
-        InputError: `source` without another source.
+        InputError: fewer samples, or organs of them, than folds; `source` without another source.
+        ValueError: an unknown kind.
     """
     if kind == "source":
         return _leave_one_out([*samples, *extra], validation_share)
+    if len(samples if kind == "official" else {sample.group for sample in samples}) < FOLDS:
+        raise InputError(
+            f"`{samples[0].name}` and {len(samples) - 1} more: too few for five {kind} folds; "
+            "nsam-train --fold final trains on all of them"
+        )
     indices = np.arange(len(samples))
     if kind == "official":
         splits = KFold(FOLDS, shuffle=True, random_state=OFFICIAL_SEED).split(indices)
