@@ -10,12 +10,12 @@ from typing import Any
 
 import click
 import numpy as np
-from common_options import device_option, json_option, precision_option
+from common_options import json_option
 from shifts import SCALES, SHIFTS, rescale, shift
 
 from nsam.runtime.engines import load
 from nsam.runtime.metrics import NAMES, Score, mean_and_pooled, score
-from nsam.runtime.options import Command
+from nsam.runtime.options import Command, device_option, precision_option
 from nsam.runtime.pipeline import segment_slide
 from nsam.runtime.settings import Device, Precision
 from nsam.runtime.slides import ArraySlide

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
-
-from nsam.runtime.settings import Device, Precision
 
 
 def _writable(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
@@ -21,18 +19,6 @@ def _writable(context: click.Context, option: click.Parameter, path: Path | None
 
 json_option = click.option(
     "--json", "json_path", type=click.Path(path_type=Path), callback=_writable, help="Write all figures here."
-)
-device_option = click.option(
-    "--device",
-    type=click.Choice(get_args(Device)),
-    default="auto",
-    help="What runs the network. `auto`: the first of cuda, openvino (faster than cpu) and cpu that can be had.",
-)
-precision_option = click.option(
-    "--precision",
-    type=click.Choice(get_args(Precision)),
-    default="auto",
-    help="Arithmetic of the network. `auto`: the fastest that the device runs and the model brings.",
 )
 
 

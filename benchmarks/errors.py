@@ -9,12 +9,11 @@ import click
 import cv2
 import numpy as np
 from accuracy import trained_on
-from common_options import device_option, precision_option
 from numpy.typing import NDArray
 
 from nsam.runtime.engines import load
 from nsam.runtime.metrics import mean_and_pooled, score
-from nsam.runtime.options import Command
+from nsam.runtime.options import Command, device_option, precision_option
 from nsam.runtime.settings import Device, Precision
 from nsam.train.data import find_extra, find_samples, read_sample
 from nsam.train.evaluate import segment_sample

@@ -18,14 +18,13 @@ from typing import Any, TypeVar
 
 import click
 import numpy as np
-from common_options import device_option, json_option, numbers
+from common_options import json_option, numbers
 from peak_memory import peak_mb
-from wholeslide import check_scale, read_tissue, write_mosaic
+from wholeslide import check_scale, read_tissue, tile_px, write_mosaic
 
 from nsam.runtime.inputs import Source
 from nsam.runtime.job import Job
-from nsam.runtime.options import Command
-from nsam.runtime.outcome import Failed
+from nsam.runtime.options import Command, device_option
 from nsam.runtime.settings import Device, Settings
 
 #: Side of a square of glass, px of the tissue: large against a nucleus, small against the network's tile.
@@ -124,11 +123,7 @@ def measure(case: Case, device: Device, slide: Path) -> dict[str, Any]:
         )
         job = Job.of(settings)
         engine = job.engine()
-        try:
-            with job.opened(Source(slide)) as (_, frame, _):
-                size = frame.tile_px
-        except Failed as failure:
-            raise click.ClickException(failure.reason) from failure
+        size = tile_px(job, slide)
         images = np.zeros((engine.card.input.scaled(settings.batch, size), size, size, 3), np.uint8)
         list(engine.run_all([images, images]))
         before = peak_mb()

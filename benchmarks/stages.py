@@ -15,13 +15,13 @@ from typing import Any
 
 import click
 import numpy as np
-from common_options import device_option, json_option, precision_option
+from common_options import json_option
 from watching import Watch
 
 from nsam.runtime import engines, job, pipeline, writers
 from nsam.runtime.bands import BandStore
 from nsam.runtime.inputs import Source
-from nsam.runtime.options import Command, names_of
+from nsam.runtime.options import Command, device_option, names_of, precision_option
 from nsam.runtime.outcome import Failed
 from nsam.runtime.settings import OUTPUTS, Settings
 

@@ -15,7 +15,6 @@ import click
 import cv2
 import numpy as np
 import tifffile
-from common_options import device_option
 from numpy.typing import NDArray
 from peak_memory import peak_mb
 from watching import Watch
@@ -23,7 +22,7 @@ from watching import Watch
 from nsam.runtime.card import sha256_of
 from nsam.runtime.errors import InputError, OutputError
 from nsam.runtime.files import output_errors, part_of
-from nsam.runtime.options import Command
+from nsam.runtime.options import Command, device_option
 from nsam.runtime.slides import open_slide
 
 MPP = 0.25
@@ -87,19 +86,13 @@ def clear(out: Path) -> None:
 def run(slide: Path, out: Path, device: str) -> dict[str, Any]:
     """One run of `nsam-infer` in this process, with its stages watched."""
     from nsam.runtime import batch, pipeline
-    from nsam.runtime.inputs import Source
     from nsam.runtime.job import Job
-    from nsam.runtime.outcome import Failed
     from nsam.runtime.settings import Settings
 
     settings = Settings(inputs=(str(slide),), out=out, device=device)  # type: ignore[arg-type]
     job = Job.of(settings)
     engine = job.engine()
-    try:
-        with job.opened(Source(slide)) as (_, frame, _):
-            size = frame.tile_px
-    except Failed as failure:
-        raise click.ClickException(failure.reason) from failure
+    size = tile_px(job, slide)
     before = seconds_per_tile(engine, size, settings.batch)
     watch = Watch()
     watch.function(pipeline, "read_input", "read")
@@ -132,6 +125,18 @@ def run(slide: Path, out: Path, device: str) -> dict[str, Any]:
         "results, MB": written / 1e6,
         **{f"CPU: {name}": f"{value:.1f} s, {value / cpu_all:.1%}" for name, value in cpu.items()},
     }
+
+
+def tile_px(job: Any, slide: Path) -> int:
+    """Side of the network's tiles in a job's run over a slide."""
+    from nsam.runtime.inputs import Source
+    from nsam.runtime.outcome import Failed
+
+    try:
+        with job.opened(Source(slide)) as (_, frame, _):
+            return int(frame.tile_px)
+    except Failed as failure:
+        raise click.ClickException(failure.reason) from failure
 
 
 def seconds_per_tile(engine: Any, size: int, batch: int) -> float:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
-from nsam.runtime.options import Command, NumberRange, names_of
-from nsam.runtime.settings import OUTPUTS, Device, Precision, Settings
+from nsam.runtime.options import Command, NumberRange, device_option, names_of, precision_option
+from nsam.runtime.settings import OUTPUTS, Settings
 
 _EXAMPLE = """\b
 Examples:
@@ -79,20 +79,8 @@ def _roi(
     callback=_roi,
     help="Only this rectangle of every slide, px of its full resolution.",
 )
-@click.option(
-    "--device",
-    type=click.Choice(get_args(Device)),
-    default=Settings.device,
-    show_default=True,
-    help="What runs the network. `auto`: the first of cuda, openvino (faster than cpu) and cpu that can be had.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(get_args(Precision)),
-    default=Settings.precision,
-    show_default=True,
-    help="Arithmetic of the network. `auto`: the fastest that the device runs and the model's proof covers.",
-)
+@device_option
+@precision_option
 @click.option(
     "--threads",
     type=click.IntRange(1, 1024),

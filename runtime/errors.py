@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class NsamError(Exception):
     """Root of every error with a message for the user.
@@ -44,3 +48,20 @@ def not_imported(name: str, error: ImportError) -> str:
     """What keeps a library away: it is not there, or something that it needs is not."""
     missing = isinstance(error, ModuleNotFoundError)
     return f"{name} is not installed" if missing else f"{name} is broken ({first_line(error)})"
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn any failure into an InputError: libraries and codecs raise what they like on a damaged file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise InputError(
+            f"`{path}`: too little memory for it; tiled 8 bit RGB, in tiles of 512 px or so, needs least"
+        ) from error
+    except Exception as error:
+        raise InputError(
+            f"`{path}`: cannot be read, it is damaged, cut off or not an image ({first_line(error)})"
+        ) from error

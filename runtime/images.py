@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from nsam.runtime.errors import InputError
+from nsam.runtime.errors import InputError, reading
 from nsam.runtime.pixels import to_rgb8
 from nsam.runtime.scales import NO_MPP, UM_PER_INCH, resolution_mpp
 from nsam.runtime.slides import ArraySlide, Slide
@@ -36,22 +36,6 @@ def image_mpp(path: Path) -> tuple[float | None, str]:
     with _pillow(path, ("PNG", "JPEG")) as image:
         dpi = image.info.get("dpi")
     return resolution_mpp(dpi, UM_PER_INCH) if dpi else NO_MPP
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn any failure into an InputError: libraries and codecs raise what they like on a damaged file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except MemoryError as error:
-        raise InputError(
-            f"`{path}`: too little memory for it; tiled 8 bit RGB, in tiles of 512 px or so, needs least"
-        ) from error
-    except Exception as error:
-        detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"`{path}`: cannot be read, it is damaged, cut off or not an image ({detail})") from error
 
 
 @contextmanager

@@ -8,11 +8,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from nsam.runtime.errors import NsamError
+from nsam.runtime.settings import Device, Precision, Settings
 
 
 def print_anything() -> None:
@@ -63,6 +64,21 @@ class NumberRange(click.FloatRange):
             self.fail("must be a finite number", param, ctx)
         return number
 
+
+device_option = click.option(
+    "--device",
+    type=click.Choice(get_args(Device)),
+    default=Settings.device,
+    show_default=True,
+    help="What runs the network. `auto`: the first of cuda, openvino (faster than cpu) and cpu that can be had.",
+)
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(get_args(Precision)),
+    default=Settings.precision,
+    show_default=True,
+    help="Arithmetic of the network. `auto`: the fastest that the device runs and the model's proof covers.",
+)
 
 #: µm per px that an image may have, or a network be shown.
 SCALE = NumberRange(0.05, 4)

@@ -15,8 +15,8 @@ import openslide
 import tifffile
 from numpy.typing import NDArray
 
-from nsam.runtime.errors import InputError
-from nsam.runtime.images import load_image, reading
+from nsam.runtime.errors import InputError, reading
+from nsam.runtime.images import load_image
 from nsam.runtime.pixels import on_white, to_rgb8
 from nsam.runtime.scales import openslide_mpp, tiff_mpp
 from nsam.runtime.slides import ArraySlide, Slide

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nsam.runtime.errors import InputError
+from nsam.runtime.errors import InputError, first_line
 from nsam.runtime.slides import Slide, read_overview
 from nsam.runtime.tiles import Box
 from nsam.runtime.tissue import RESOLUTION_UM, find_tissue
@@ -150,8 +150,7 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
     except Image.DecompressionBombError as error:
         raise InputError(f"`{path}`: the mask is too large; save it at a lower resolution") from error
     except Exception as error:  # codecs raise what they like
-        detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"`{path}`: the mask cannot be read ({detail})") from error
+        raise InputError(f"`{path}`: the mask cannot be read ({first_line(error)})") from error
     return np.asarray(pixels if pixels.ndim == 2 else pixels.max(axis=2)) > 0
 
 

@@ -106,7 +106,7 @@ def holds_results(folder: Path) -> bool:
 
 def slide_of(folder: Path) -> str:
     """The slide whose results are in a folder, or whose bands a stopped run left there; empty where there is none."""
-    notes = (read_json(folder / DONE_NAME), read_json(folder / BANDS_NAME / DONE_NAME))
+    notes = map(read_json, (folder / DONE_NAME, folder / BANDS_NAME / DONE_NAME))
     return next((str(note.get("path", "")) for note in notes if "run_hash" in note), "")
 
 

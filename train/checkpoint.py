@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from nsam.runtime.errors import ModelError
 from nsam.runtime.files import write_bytes
 from nsam.train.exported import load_exported
-from nsam.train.lineage import locate, of_fold
+from nsam.train.lineage import locate, settings_of
 from nsam.train.lora import add_lora, has_lora, merge_lora
 from nsam.train.mobile_sam import download_mobile_sam, load_mobile_sam
 from nsam.train.model import NucleusNet, needed
 from nsam.train.sam_onnx import read_sam_onnx
-from nsam.train.settings import Settings, read_settings
+from nsam.train.settings import Settings
 
 #: Where a checkpoint holds what `hash_kept` gave.
 KEPT = "kept_sha256"
@@ -135,7 +135,7 @@ def load_fold(fold_dir: Path) -> tuple[NucleusNet, Settings]:
     for path in (config, best):
         if not path.is_file():
             raise ModelError(f"`{path}`: missing; name a fold of a run made by nsam-train, such as RUN/fold0")
-    settings = of_fold(read_settings(config), fold_dir.name)
+    settings = settings_of(fold_dir)
     model, kept = build_model(settings)
     try:
         with safe_open(best, "pt") as stream:

@@ -33,6 +33,15 @@ def of_fold(settings: Settings, name: str) -> Settings:
     return replace(settings, base=str(run / name))
 
 
+def settings_of(fold_dir: Path) -> Settings:
+    """The settings that a run's fold has or had, by the run's `config.json`.
+
+    Raises:
+        ModelError: as `read_settings` and `of_fold`.
+    """
+    return of_fold(read_settings(fold_dir.parent / "config.json"), fold_dir.name)
+
+
 def locate(base: str) -> tuple[str, Path]:
     """What a base is, and where: `none`, `mobile_sam` (to be downloaded), an `exported` model, a `fold` of a run, or of
     SAM's own weights a folder of `onnx` exports or a `file`.
@@ -83,7 +92,7 @@ def base_card(base: str) -> ModelCard | None:
     if kind == "exported":
         return ModelCard.read(path)
     if kind == "fold" and (path.parent / "config.json").is_file():
-        return base_card(of_fold(read_settings(path.parent / "config.json"), path.name).base)
+        return base_card(settings_of(path).base)
     return None
 
 
