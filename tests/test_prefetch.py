@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -73,6 +72,14 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+def interrupt_from_here() -> None:
+    """Ctrl-C that has come when this returns.
+
+    One sent to the process may wait for a thread that has no core, be late for what is tested, and end the tests.
+    """
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_the_thread_ends_is_kept_until_it_has() -> None:
     """What it reads is closed next."""
@@ -82,9 +89,8 @@ def test_ctrl_c_while_the_thread_ends_is_kept_until_it_has() -> None:
         try:
             yield from range(1000)
         finally:
-            # Sent from here, as one that came after the thread's end would end the test's own process.
             for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
+                interrupt_from_here()
                 time.sleep(0.05)
             ended.set()
 
@@ -98,17 +104,20 @@ def test_ctrl_c_while_the_thread_ends_is_kept_until_it_has() -> None:
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_waits_for_native_code() -> None:
     """Though the system gives it to another thread."""
-    other = threading.Event()
-    thread = threading.Thread(target=other.wait, daemon=True)
-    thread.start()
+    begun = threading.Event()
+
+    def interrupt() -> None:
+        begun.wait()
+        interrupt_from_here()
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()  # outside: what begins inside never gets a Ctrl-C
     done = False
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012, SIM117
         with uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.05)
+            begun.set()
+            thread.join()
             done = True
     assert done
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    other.set()
-    thread.join()
