@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 # Rows: haematoxylin, eosin and residual in optical density RGB (Ruifrok & Johnston 2001).
 _STAIN_TO_OD = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], np.float32)
 _OD_TO_STAIN = np.linalg.inv(_STAIN_TO_OD).astype(np.float32)
+_DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)  # optical density of each value of a channel
 
 
 def random_view(
@@ -67,9 +68,7 @@ def random_scale(rng: np.random.Generator, low: float, high: float) -> float:
 
 def random_look(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Another laboratory's and another scanner's view of the same tissue; (H, W, 3) uint8 RGB in and out."""
-    x = image.astype(np.float32)
-    if rng.random() < 0.8:
-        x = _restain(x, rng)
+    x = _restain(image, rng) if rng.random() < 0.8 else image.astype(np.float32)
     if rng.random() < 0.6:
         x = _relight(x, rng)
     if rng.random() < 0.3:
@@ -86,23 +85,26 @@ def random_look(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[n
     return view
 
 
-def _restain(x: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+def _restain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.float32]:
     """Jitter in stain space (Tellez et al. 2019), and stain vectors that are themselves a little turned."""
-    density = -np.log((x + 1) / 256)
-    stains = density @ _OD_TO_STAIN
-    stains = stains * rng.uniform(0.6, 1.5, 3).astype(np.float32) + rng.normal(0, 0.03, 3).astype(np.float32)
+    gain = rng.uniform(0.6, 1.5, 3).astype(np.float32)
+    shift = rng.normal(0, 0.03, 3).astype(np.float32)
     vectors = _STAIN_TO_OD + rng.normal(0, 0.06, (3, 3)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return 256 * np.exp(-np.maximum(stains @ vectors, 0)) - 1
+    # To stains, there gain and shift, and back, in one matrix; OpenCV's act on columns.
+    moved = cv2.transform(_DENSITY[image], np.vstack([_OD_TO_STAIN * gain @ vectors, shift @ vectors]).T)
+    return 256 * cv2.exp(-np.maximum(moved, 0)) - 1
 
 
 def _relight(x: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
     """White point, gamma, contrast and saturation."""
+    scale = np.full(3, 1 / 255)
     if rng.random() < 0.6:  # most tissue has light background: move it to where another scanner has it
         white = np.maximum(np.percentile(x[::4, ::4].reshape(-1, 3), 98, axis=0), 64)
-        x = x * ((rng.uniform(180, 252) + rng.normal(0, 8, 3)) / white).astype(np.float32)
-    x = 255 * np.clip(x / 255, 0, 1) ** np.float32(random_scale(rng, 0.65, 1.5))
-    grey = x.mean(axis=2, keepdims=True)
-    x = grey + np.float32(rng.uniform(0.5, 1.5)) * (x - grey)
-    middle = x.mean()
-    return middle + np.float32(rng.uniform(0.7, 1.3)) * (x - middle) + np.float32(rng.normal(0, 8))
+        scale *= (rng.uniform(180, 252) + rng.normal(0, 8, 3)) / white
+    x = 255 * cv2.pow(np.clip(x * scale.astype(np.float32), 0, 1), random_scale(rng, 0.65, 1.5))
+    saturation, contrast, shift = rng.uniform(0.5, 1.5), rng.uniform(0.7, 1.3), rng.normal(0, 8)
+    # Distances from each pixel's grey, and from the mean grey, are stretched; the last column shifts.
+    colours = contrast * (saturation * np.eye(3) + (1 - saturation) / 3)
+    middle = np.full((3, 1), (1 - contrast) * cv2.mean(cv2.transform(x, np.full((1, 3), 1 / 3)))[0] + shift)
+    return cv2.transform(x, np.hstack([colours, middle]).astype(np.float32))
