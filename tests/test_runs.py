@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from nsam.runtime.errors import DeviceError
 from nsam.train.checkpoint import build_model, load_fold
-from nsam.train.cli import main, pick_device
+from nsam.train.cli import count_workers, main, pick_device
 from nsam.train.lineage import SEEN_NAME
 from nsam.train.settings import NSAM
 
@@ -260,6 +260,18 @@ def test_processes_of_torchrun_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DeviceError, match="`cuda:99`: cannot be had"):
         pick_device("cuda")
     assert pick_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "workers"),
+    [("cpu", 16, 1, 1), ("cuda", 4, 1, 3), ("cuda", 1, 1, 1), ("cuda", 64, 1, 8), ("cuda", 16, 4, 3)],
+)
+def test_a_gpu_is_given_crops_by_all_cores_but_one(
+    monkeypatch: pytest.MonkeyPatch, device: str, cores: int, processes: int, workers: int
+) -> None:
+    monkeypatch.setattr("nsam.runtime.engines.available_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert count_workers(torch.device(device)) == workers
 
 
 def test_a_disk_that_refuses_is_one_line(tmp_path: Path, disc_pairs: Path) -> None:

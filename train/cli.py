@@ -89,7 +89,11 @@ log = logging.getLogger("nsam")
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of the network. [default: all cores]")
-@click.option("--workers", type=click.IntRange(0), default=1, help="Processes that prepare crops.")
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    help="Processes that prepare crops. [default: 1; on a GPU one for each core but one, up to 8]",
+)
 @click.option("--max-minutes", type=NumberRange(0, min_open=True), help="Stop with a checkpoint after so long.")
 @click.option("--eval-only", is_flag=True, help="Score the test parts of --out's finished folds again; trains nothing.")
 @click.option(
@@ -188,7 +192,7 @@ def train(data: Path, out: Path, options: dict[str, Any]) -> None:
         which,
         device=device,
         group=group,
-        workers=options["workers"],
+        workers=count_workers(device) if options["workers"] is None else options["workers"],
         max_minutes=options["max_minutes"],
         resume=options["resume"],
         say=log.info,
@@ -236,6 +240,15 @@ def pick_device(name: str) -> Any:
         reason = str(error).splitlines()[0]
         raise DeviceError(f"`{wanted}`: cannot be had ({reason}); pass --device cpu") from error
     return device
+
+
+def count_workers(device: Any) -> int:
+    """Processes that prepare crops, for each process that trains: a GPU learns from more crops than a core makes."""
+    from nsam.runtime.engines import available_cores
+
+    if device.type != "cuda":
+        return 1
+    return max(1, min(available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 8))
 
 
 if __name__ == "__main__":
