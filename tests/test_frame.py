@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +91,43 @@ def test_another_scale_for_the_network(tiny_model: Path, tmp_path: Path, draw_di
 )
 def test_batches_have_as_many_pixels(batch: int, size: int, scaled: int) -> None:
     assert CARD.input.scaled(batch, size) == scaled
+
+
+@pytest.mark.parametrize("mpp", [0.17, 0.25, 0.5])
+def test_bands_get_the_rows_of_tiles_that_fill_their_maps_and_no_others(mpp: float) -> None:
+    card = replace(CARD, input=InputSpec(sizes=(224,), mpp=0.25))
+    frame = Frame.of(blank(7, 2999), card, mpp, block_px=300)
+    assert frame.halo == math.ceil(card.post.block_halo_um / mpp)
+    spans = [frame.written(row) for row in frame.tiles]
+    assert (spans[0][0], spans[-1][1]) == (0, frame.grid.map_wh[1])
+    assert all(one[1] == other[0] for one, other in pairwise(spans))
+    down = frame.grid.map_per_level0[1]
+    for first in range(len(frame.bands)):
+        for last in range(first + 1, len(frame.bands) + 1):
+            top, bottom = frame.map_rows(first)[0], frame.map_rows(last - 1)[1]
+            y0, y1 = frame.bands[first][0].read.y0, frame.bands[last - 1][0].read.y1
+            assert top == max(0, math.floor((y0 + 0.5) * down - 0.5))
+            assert bottom == min(frame.grid.map_wh[1], math.floor((y1 - 0.5) * down - 0.5) + 2)
+            a, b = frame.tile_rows(first, last)
+            assert spans[a][0] <= top < spans[a][1]
+            assert spans[b - 1][0] < bottom <= spans[b - 1][1]
+
+
+@pytest.mark.parametrize("mpp", [0.125, 0.25, 0.5])
+def test_tiles_within_a_halo_of_what_is_wanted_are_wanted(mpp: float) -> None:
+    card = replace(CARD, input=InputSpec(sizes=(224,), mpp=0.25))
+    slide = blank(round(1000 / mpp), round(600 / mpp))
+    x, y, w, h = (round(um / mpp) for um in (700, 300, 20, 40))
+    frame = Frame.of(slide, card, mpp, Region.of(slide, mpp, tissue=False, roi=(x, y, w, h)))
+    scale, halo = 0.25 / mpp, frame.halo
+    wanted = [
+        tile
+        for row in frame.tiles
+        for tile in row
+        if tile.write.x0 * scale - halo < x + w
+        and tile.write.x1 * scale + halo > x
+        and tile.write.y0 * scale - halo < y + h
+        and tile.write.y1 * scale + halo > y
+    ]
+    assert [tile for row in frame.tiles for tile in frame.wanted(row)] == wanted
+    assert 0 < len(wanted) == frame.tiles_wanted < sum(map(len, frame.tiles)) / 4

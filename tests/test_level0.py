@@ -65,3 +65,14 @@ def test_the_border_between_basins_is_straight_where_theirs_is_a_stair() -> None
     assert (labels[beyond > 0.8] == 2).all()
     steps = np.abs(np.diff((labels == 1).sum(axis=1)[4:-4]))
     assert steps.max() <= 2  # nearest map px would step by four
+
+
+def test_a_measurement_s_pixel_is_that_which_holds_it() -> None:
+    grid = Grid((5, 4), (3, 4), 1)
+    values = np.arange(12, dtype=np.float32).reshape(4, 3)
+    found = nearest(values, (0, 0), Box(0, 0, 5, 4), grid)
+    assert found.tolist() == values[:, [0, 0, 1, 2, 2]].tolist()
+
+
+def test_logit_at_the_ends() -> None:
+    assert [logit(p) for p in (0, 0.5, 1)] == [-np.inf, 0, np.inf]

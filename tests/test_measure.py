@@ -114,3 +114,31 @@ def test_solidity_is_against_the_hull_of_the_pixels_squares() -> None:
 
 def test_nothing_in_an_empty_image() -> None:
     assert measure_shapes(np.zeros((5, 5), np.int32), (0, 0), 0.25) == []
+
+
+def image(*rows: str) -> np.ndarray:
+    return np.array([[int(c) for c in row] for row in rows], np.int32)
+
+
+def test_the_first_pixel_is_the_topmost_then_leftmost() -> None:
+    (nucleus,) = measure_shapes(image("0000", "0011", "0110", "0100"), (10, 20), 1)
+    assert (nucleus.first_yx, nucleus.bbox_xywh) == ((21, 12), (11, 21, 3, 3))
+
+
+def test_pieces_that_meet_at_a_corner_are_one() -> None:
+    (nucleus,) = measure_shapes(image("1100000", "0011000", "0000000", "0000111"), (0, 0), 1)
+    assert (nucleus.area_px, nucleus.bbox_xywh) == (4, (0, 0, 4, 2))
+
+
+def test_a_nucleus_as_wide_as_its_block() -> None:
+    """The end of a row and the beginning of the next are not neighbours."""
+    wide, other = measure_shapes(image("0001", "1111", "1112", "2222"), (0, 0), 1)
+    assert (wide.area_px, wide.bbox_xywh, wide.first_yx) == (8, (0, 0, 4, 3), (0, 3))
+    assert (other.area_px, other.bbox_xywh, other.first_yx) == (5, (0, 2, 4, 2), (2, 3))
+    assert wide.centroid_xy == (2, 1.75)
+
+
+def test_who_reaches_the_least_probability_stays() -> None:
+    labels = np.ones((2, 2), np.int32)
+    values = np.full((2, 2), 0.75, np.float32)
+    assert len(measure(labels, values, values, (0, 0), 1, min_probability=0.75)) == 1

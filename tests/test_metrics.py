@@ -104,3 +104,8 @@ def test_pairs_of_aji_plus_are_the_best_there_are() -> None:
         found = score(truth, predicted)
         assert found.aji_plus_intersection == overlap[t, p].sum()
         assert found.aji_plus_union == union[t, p].sum() + missed
+
+
+def test_each_image_counts_the_same_in_the_mean() -> None:
+    perfect, missed = Score(foreground_true=9, foreground_predicted=9, foreground_both=9), Score(foreground_true=9)
+    assert mean_and_pooled([perfect, missed, missed])[0]["dice"] == pytest.approx(1 / 3)

@@ -184,6 +184,9 @@ def test_an_average_is_applied_and_taken_back() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
+    model.train().eval()
+    with torch.inference_mode():
+        model(IMAGES)  # looks up the new ones
     with ema.applied(model), torch.inference_mode():
         assert torch.equal(model(IMAGES), before)
     model.eval()

@@ -16,6 +16,7 @@ from nsam.runtime.canvas import Canvas, Strip
 from nsam.runtime.card import InputSpec, ModelCard
 from nsam.runtime.engines import Engine
 from nsam.runtime.frame import Frame
+from nsam.runtime.mapstrip import MapStrip
 from nsam.runtime.measure import Nucleus, measure
 from nsam.runtime.pipeline import assemble, make_bands, segment_slide, separate_bands
 from nsam.runtime.region import Region
@@ -202,3 +203,15 @@ def test_what_two_blocks_own_is_there_once_and_counted() -> None:
     assert [(n.id, n.bbox_xywh[0], n.cut) for n in strip.nuclei] == [(1, 5, False), (2, 30, True), (3, 50, False)]
     assert np.unique(strip.labels).tolist() == [0, 1, 2, 3]
     assert strip.doubled == 1
+
+
+def test_a_window_over_pieces_is_a_window_over_the_maps() -> None:
+    """Whatever ends where: windows and pieces of any heights."""
+    maps = np.random.default_rng(0).random((2, 60, 9)).astype(np.float32)
+    for height in (1, 3, 7):
+        for step in (1, 2, 5):
+            pieces = [maps[:, y : y + height] for y in range(4, 60, height)]
+            strip = MapStrip(iter(pieces), 4)
+            for top in range(5, 50, step):
+                strip.advance(top, top + 10)
+                np.testing.assert_array_equal(strip.columns(2, 7), maps[:, top : top + 10, 2:7])

@@ -21,7 +21,7 @@ import nsam.runtime
 from nsam.runtime.cli import main
 from nsam.runtime.errors import InputError
 from nsam.runtime.pictures import _outlined
-from nsam.runtime.region import Region
+from nsam.runtime.region import Region, read_mask
 from nsam.runtime.slides import ArraySlide, open_slide, read_overview
 from nsam.runtime.tiles import Box
 from nsam.runtime.tissue import find_tissue
@@ -286,3 +286,87 @@ def test_a_dry_run_tells_the_disk_of_what_is_asked_for(
         for outputs in ("csv", "csv,geojson", "csv,geojson,overlay")
     }
     assert told["csv"] < told["csv,geojson"] < told["csv,geojson,overlay"] < 5
+
+
+def test_dim_colours_of_a_mask_are_painted(tmp_path: Path) -> None:
+    """Not black where nuclei are wanted: a dark blue class, too."""
+    for mode, colour in (("RGB", (0, 0, 90)), ("L", 1), ("RGBA", (0, 60, 0, 255))):
+        image = Image.new(mode, (4, 2))
+        image.putpixel((3, 1), colour)
+        image.save(tmp_path / "m.png")
+        assert np.argwhere(read_mask(tmp_path / "m.png")).tolist() == [[1, 3]], mode
+    image = Image.new("P", (4, 2), 1)
+    image.putpalette([255, 255, 255, 0, 0, 0])  # 1 is black, and 0 is not
+    image.putpixel((3, 1), 0)
+    image.save(tmp_path / "m.png")
+    assert np.argwhere(read_mask(tmp_path / "m.png")).tolist() == [[1, 3]]
+
+
+def test_a_roi_that_begins_outside_is_cut_to_the_slide() -> None:
+    slide = ArraySlide(np.full((200, 400, 3), 255, np.uint8), Path("a"), 0.25)
+    region = Region.of(slide, 0.25, tissue=False, roi=(-50, 150, 100, 100))
+    assert region.box == Box(0, 150, 50, 200)
+    assert region.area_px == 50 * 50
+    for roi in ((-50, 0, 50, 10), (0, 200, 10, 10), (0, 0, 0, 10)):
+        with pytest.raises(InputError, match="lies outside the slide"):
+            Region.of(slide, 0.25, tissue=False, roi=roi)
+
+
+def test_a_mask_and_a_roi_are_both_obeyed(tmp_path: Path) -> None:
+    Image.new("L", (40, 20), 255).save(tmp_path / "m.png")
+    slide = ArraySlide(np.full((200, 400, 3), 255, np.uint8), Path("a"), 0.25)
+    region = Region.of(slide, 0.25, mask=tmp_path / "m.png", roi=(100, 50, 30, 20))
+    assert region.area_px == 600
+    assert [region.holds(*xy) for xy in ((100, 50), (129.9, 69.9), (130, 60), (110, 70), (99, 60))] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wh", "fits"),
+    [((40, 20), True), ((40, 21), True), ((400, 204), True), ((400, 210), False), ((3, 3), True), ((30, 20), False)],
+)
+def test_a_mask_s_shape_may_be_rounded_and_not_another(tmp_path: Path, wh: tuple[int, int], fits: bool) -> None:
+    Image.new("L", wh, 255).save(tmp_path / "m.png")
+    slide = ArraySlide(np.full((200, 400, 3), 255, np.uint8), Path("a"), 0.25)
+    if fits:
+        assert Region.of(slide, 0.25, mask=tmp_path / "m.png").area_px == 200 * 400
+    else:
+        with pytest.raises(InputError, match="does not fit a slide of 400 x 200"):
+            Region.of(slide, 0.25, mask=tmp_path / "m.png")
+
+
+def test_tissue_is_looked_for_at_its_scale_on_any_slide() -> None:
+    """A dark spot on glass is tissue, and 32 µm around it; so is all of an image that is smaller than .1 mm."""
+    for mpp in (0.25, 1.0):
+        side = round(1000 / mpp)
+        image = np.full((side, side, 3), 240, np.uint8)
+        at = round(500 / mpp)
+        image[at : at + round(40 / mpp), at : at + round(40 / mpp)] = (150, 80, 150)
+        region = Region.of(ArraySlide(image, Path("a"), mpp), mpp)
+        assert region.area_px * mpp**2 == pytest.approx(104**2, rel=0.25)
+        assert region.holds(520 / mpp, 520 / mpp)
+        assert region.holds(480 / mpp, 520 / mpp)
+        assert not region.holds(440 / mpp, 520 / mpp)
+    for side, whole in ((399, True), (401, False)):
+        slide = ArraySlide(np.full((side, side, 3), 240, np.uint8), Path("a"), 0.25)
+        assert Region.of(slide, 0.25).area_px == (side**2 if whole else 0)
+
+
+def test_a_block_meets_what_any_part_of_a_mask_s_pixel_covers() -> None:
+    """Three mask px over ten: borders at 3.3 and 6.7."""
+    mask = np.zeros((3, 3), bool)
+    mask[1, 1] = True
+    whole = Box(0, 0, 10, 10)
+    region = Region(mask, whole, (10, 10), whole)
+    for low, high, met in ((0, 3, False), (0, 4, True), (6, 7, True), (7, 10, False)):
+        assert region.meets(Box(low, 4, high, 6)) == met
+        assert region.meets(Box(4, low, 6, high)) == met
+    assert not region.meets(Box(4, 4, 4, 6))
+    inside = [(x, y) for x in range(10) for y in range(10) if region.holds(x + 0.5, y + 0.5)]
+    assert inside == [(x, y) for x in (3, 4, 5, 6) for y in (3, 4, 5, 6)]
+    assert not region.holds(10, 5)

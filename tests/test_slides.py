@@ -15,6 +15,7 @@ from PIL import Image
 
 from nsam.runtime.errors import InputError
 from nsam.runtime.readers import TiffSlide
+from nsam.runtime.scales import openslide_mpp
 from nsam.runtime.slides import ArraySlide, Slide, open_slide, read_input, read_overview
 from nsam.runtime.tiles import Box, Grid
 
@@ -90,6 +91,8 @@ def ome_with(**size: object) -> Callable[[Path], Path]:
         (tiff_with(resolution=(50800, 50800), resolutionunit="INCH"), 0.5),
         (ome_with(PhysicalSizeX=0.25, PhysicalSizeY=0.25), 0.25),
         (ome_with(PhysicalSizeX=500, PhysicalSizeXUnit="nm", PhysicalSizeY=500, PhysicalSizeYUnit="nm"), 0.5),
+        (ome_with(PhysicalSizeX=0.5, PhysicalSizeXUnit="\u03bcm", PhysicalSizeY=0.5, PhysicalSizeYUnit="\u03bcm"), 0.5),
+        (ome_with(PhysicalSizeX=5e-4, PhysicalSizeXUnit="mm", PhysicalSizeY=5e-4, PhysicalSizeYUnit="mm"), 0.5),
         (image_with("a.png", dpi=(101600, 101600)), 0.25),
         (imagej_with(r"\u00B5m", 4), 0.25),
         (imagej_with("micron", 2), 0.5),
@@ -370,3 +373,22 @@ def test_decoded_pieces_are_bounded_and_go_with_the_slide(tmp_path: Path, noise:
         slide.read_region(0, 0, 0, 50, 50)
         assert slide._piece.cache_info()[2:] == (kept, 1)
     assert slide._piece.cache_info().currsize == 0
+
+
+@pytest.mark.parametrize(
+    ("properties", "mpp", "source"),
+    [
+        ({"mpp-x": "0.2520", "mpp-y": "0.2522", "objective-power": "20"}, 0.2521, "its metadata"),
+        ({"objective-power": "40"}, 0.25, "assumed from its objective's power of 40"),
+        ({"objective-power": "20", "mpp-x": "0.25"}, 0.5, "assumed from its objective's power of 20"),
+        ({"objective-power": "0"}, None, "no mpp in its metadata"),
+        ({"mpp-x": "0.25", "mpp-y": "0.5"}, None, "differs between x"),
+        ({"mpp-x": "0,25", "mpp-y": "0,25"}, None, "give no scale"),
+        ({"objective-power": "40x"}, None, "give no scale"),
+        ({"objective-power": "2"}, None, "is not from 0.1 to 2"),
+    ],
+)
+def test_mpp_that_a_scanner_says(properties: dict[str, str], mpp: float | None, source: str) -> None:
+    found, told = openslide_mpp({f"openslide.{name}": value for name, value in properties.items()})
+    assert found == (None if mpp is None else pytest.approx(mpp))
+    assert source in told

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nsam.runtime.tiles import blocks, tile_rows
+from nsam.runtime.tiles import Grid, blocks, tile_rows
 
 
 @pytest.mark.parametrize("wh", [(1, 1), (64, 64), (65, 63), (200, 131), (127, 512), (48, 1000)])
@@ -32,3 +32,11 @@ def test_blocks_part_the_slide(wh: tuple[int, int]) -> None:
             count[block.write.y0 : block.write.y1, block.write.x0 : block.write.x1] += 1
             assert block.read == block.write.grown(7).clipped(*wh)
     assert (count == 1).all()
+
+
+def test_maps_cover_the_slide_and_each_axis_has_its_own_scale() -> None:
+    assert Grid.of((101, 78), 0.25, 0.25, 2).map_wh == (51, 39)
+    assert Grid.of((1, 1), 0.1, 0.5, 2).input_wh == (1, 1)
+    grid = Grid.of((3000, 6), 0.2, 0.25, 2)  # 4.8 px are 5
+    assert grid.input_wh == (2400, 5)
+    assert grid.map_per_level0 == (0.4, pytest.approx(5 / 12))

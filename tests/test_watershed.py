@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from flooding import flooded
+from numpy.typing import NDArray
 from skimage.morphology import h_maxima
 
 import nsam.runtime
@@ -100,3 +101,27 @@ def test_flooding_at_full_resolution_gives_the_same(data_dir: Path) -> None:
     for metric in ("dice", "aji", "pq"):
         assert fast[metric] == pytest.approx(slow[metric], abs=0.006), metric
         assert between[metric] > 0.97, metric
+
+
+def discs(shape: tuple[int, int], *discs_yxr: tuple[float, float, float]) -> NDArray[np.float32]:
+    """(1, h, w): a logit of 5 inside discs, -5 outside."""
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    inside = np.any([(y - cy) ** 2 + (x - cx) ** 2 <= r**2 for cy, cx, r in discs_yxr], axis=0)
+    return np.where(inside, 5, -5).astype(np.float32)[None]
+
+
+@pytest.mark.parametrize("mpp", [0.17, 0.25, 0.5, 1.0])
+def test_a_mask_alone_divides_nuclei_that_touch(mpp: float) -> None:
+    """Without a distance channel: two discs of 4 µm with a neck are two, a large one is one, and a small one stays."""
+    output, post = OutputSpec(("nucleus",), ("logit",)), PostSpec(seed_prominence=0.15, smooth_um=0.3)
+
+    def count(*discs_um: tuple[float, float, float]) -> int:
+        side = round(60 / mpp)
+        maps = discs((side, side), *(tuple(np.array(disc) / mpp) for disc in discs_um))
+        labels = separate(maps, output, post, mpp)
+        assert ((labels > 0) == (maps[0] > 0)).mean() > 0.999
+        return len(np.unique(labels)) - 1
+
+    assert count((20, 20, 4), (20, 27, 4)) == 2
+    assert count((20, 20, 4), (20, 21, 4)) == 1
+    assert count((20, 20, 10), (45, 45, 2)) == 2

@@ -14,7 +14,7 @@ from nsam.train.settings import Settings
 
 
 def make_optimiser(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Adam or AdamW over what is trainable: decay on matrices only, LoRA's B at `lora_plus` times the rate."""
+    """Adam or AdamW: B of LoRA at `lora_plus` times the rate, vectors and embeddings without decay."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
