@@ -210,6 +210,8 @@ def test_other_sources_help_and_are_never_tested() -> None:
     final = final_fold(samples(), extra=extra)
     assert (len(final.train), len(final.validation), len(final.test)) == (63, 7, 0)
     assert set(final.train) | set(final.validation) == {*samples(), *extra}
+    few = final_fold(samples(3))
+    assert (len(few.train), len(few.validation)) == (2, 1), "a tenth of three is none, and one chooses the thresholds"
 
 
 def test_each_source_is_tested_by_the_others() -> None:

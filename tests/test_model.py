@@ -207,6 +207,16 @@ def test_inner_distance_is_one_in_the_middle_and_falls_to_touching_borders() -> 
     assert (distance[LABELS == 0] == 0).all()
 
 
+def test_a_nucleus_in_the_bend_of_another_is_a_border_to_it() -> None:
+    """Their boxes overlap."""
+    labels = np.ones((9, 9), np.int32)
+    labels[3:, 3:] = 2
+    distance = inner_distance(labels)
+    np.testing.assert_allclose(distance[6, :3], [0.5, 1, 0.5])
+    np.testing.assert_allclose(distance[5:7, 5:7], [[1, 1], [1, 1]])
+    assert distance[2, 3:8].max() <= 0.5
+
+
 def test_targets_average_over_the_stride() -> None:
     nucleus, distance = make_targets(LABELS, ("nucleus", "distance"), 2)
     assert nucleus.shape == distance.shape == (6, 8)
