@@ -11,12 +11,12 @@ from nsam.runtime.card import ModelCard
 
 def as_markdown(proof: dict[str, Any], card: ModelCard) -> str:
     """The text of `parity.md` for what `parity.json` holds."""
+    others = ", ".join(map(str, card.input.other_sizes))
     parts = [
         f"# {card.name} {card.version}: parity\n",
         f"Every link of the chain over {proof['tiles']} real tiles of {card.input.size} px, in batches of "
-        f"{', '.join(map(str, proof['batches']))}, "
-        + (f"one of each other size ({', '.join(map(str, others))}), " if (others := card.input.other_sizes) else "")
-        + f"and over {proof['images']} labelled images, of which training saw "
+        f"{', '.join(map(str, proof['batches']))}, {f'one of each other size ({others}), ' if others else ''}"
+        f"and over {proof['images']} labelled images, of which training saw "
         f"{proof['trained_on']}. **"
         f"{'All passed.' if proof['passed'] else 'FAILED: ' + ', '.join(card.failed_links)}**\n",
         _table(

@@ -16,7 +16,6 @@ from PIL import Image
 from nsam.runtime import plan
 from nsam.runtime.card import InputSpec, ModelCard, PostSpec
 from nsam.runtime.cli import main
-from nsam.runtime.plan import _duration
 
 
 def test_a_dry_run_s_figures_are_those_of_its_slides(
@@ -57,4 +56,4 @@ def test_the_network_s_rate_is_of_tiles_not_of_batches(monkeypatch: pytest.Monke
     [(0, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "100 min"), (6000, "1.7 h"), (36000, "10.0 h")],
 )
 def test_durations_are_told_in_a_unit_that_suits(seconds: float, told: str) -> None:
-    assert _duration(seconds) == told
+    assert plan._duration(seconds) == told

@@ -36,5 +36,6 @@ def test_ink_is_told_from_pigment_by_its_width(um_per_px: float, side_um: float,
     start, side = 0 if edge else 100, round(side_um / um_per_px)
     image[start : start + side, start : start + side] = (30, 60, 160)
     middle = start + side // 2
-    assert find_tissue(image, um_per_px)[middle, middle] == tissue
-    assert find_tissue(image, um_per_px).any() == tissue, "nor is a pen's rim"
+    found = find_tissue(image, um_per_px)
+    assert found[middle, middle] == tissue
+    assert found.any() == tissue, "nor is a pen's rim"
